@@ -1,0 +1,24 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test sweep lint
+
+.venv/installed: setup.py pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed  ## render a data set, train on it, evaluate beside two baselines, draw the report
+	$(BIN)/python engine/train.py --config_file configs/synthetic/tiny.yml
+	$(BIN)/python engine/evaluate.py --config_file configs/synthetic/tiny.yml --baselines
+
+test: .venv/installed  ## everything that fits 15 minutes on two cores without a GPU
+	$(BIN)/python -m pytest
+
+sweep: .venv/installed  ## the long tests
+	$(BIN)/python -m pytest -m sweep
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

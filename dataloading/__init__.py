@@ -1,0 +1,33 @@
+"""Data sets on disk, the sampling plan, and the way from files to batches."""
+
+import re
+from difflib import get_close_matches
+from importlib import import_module
+
+from dataloading.config import DatasetsConfig
+from dataloading.records import DataError, Record, Split
+
+READERS = {  # name -> where its reader is
+    "market1501": "dataloading.market1501:read",
+    "dukemtmc": "dataloading.dukemtmc:read",
+    "dukemtmcreid": "dataloading.dukemtmc:read",
+    "msmt17": "dataloading.msmt17:read",
+    "folder": "dataloading.folder:read",
+    "market": "dataloading.market1501:read_own",
+    "csv": "dataloading.folder:read_csv",
+    "synthetic": "dataloading.synthetic:read",
+}
+
+__all__ = ["DataError", "Record", "Split", "read_split"]
+
+
+def read_split(cfg: DatasetsConfig) -> Split:
+    """Reads the data set DATASETS.NAMES in DATASETS.ROOT_DIR; case and punctuation of the name do not count."""
+    name = re.sub("[^a-z0-9]", "", cfg.NAMES.lower())
+    if name not in READERS:
+        close = get_close_matches(name, READERS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise DataError(f"DATASETS.NAMES must be one of {', '.join(READERS)}, got {cfg.NAMES!r}{hint}")
+    module, function = READERS[name].split(":")
+    split: Split = getattr(import_module(module), function)(cfg)
+    return split

@@ -1,0 +1,53 @@
+"""The INPUT, DATASETS and DATALOADER sections of the configuration."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+Pixels = Annotated[int, Field(ge=16, le=4096)]
+Size = tuple[Pixels, Pixels]  # height, width
+Probability = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel, strict=True, frozen=True, extra="forbid", allow_inf_nan=False):
+    """A part of the configuration. A text in a key's annotation says why that published key has no effect."""
+
+
+class InputConfig(Section):
+    """From a decoded image to the model's input."""
+
+    SIZE_TRAIN: Size = (256, 128)  # height, width in pixels
+    SIZE_TEST: Size = (256, 128)
+    PROB: Probability = 0.5  # of a horizontal flip
+    RE_PROB: Probability = 0.5  # of random erasing
+    PADDING: NonNegativeInt = 10  # black pixels on every side before the random crop
+    PIXEL_MEAN: tuple[Probability, Probability, Probability] = (0.5, 0.5, 0.5)  # red, green, blue; pixels are 0..1
+    PIXEL_STD: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5)
+
+
+class SyntheticConfig(Section):
+    """The rendered data set, written to ROOT_DIR in the Market-1501 layout."""
+
+    PERSONS: PositiveInt = 64  # identities to train on
+    TEST_PERSONS: PositiveInt = 32  # identities in query and gallery, none of them in training
+    CAMERAS: Annotated[int, Field(ge=2)] = 4  # a query is searched in the other cameras
+    IMAGES: PositiveInt = 4  # per person and camera
+    SEED: NonNegativeInt = 0
+    SIZE: Size = (128, 64)  # height, width in pixels
+
+
+class DatasetsConfig(Section):
+    """Which data set, and where it lies."""
+
+    NAMES: Text = "msmt17"  # market1501, dukemtmc, msmt17; own data: folder, market, csv; or synthetic
+    ROOT_DIR: Text = "./data"  # folder that holds the data set
+    SYNTHETIC: SyntheticConfig = SyntheticConfig()
+
+
+class DataloaderConfig(Section):
+    """How batches are put together."""
+
+    NUM_WORKERS: NonNegativeInt = 14  # decoding processes; 0: decode in the main process
+    NUM_INSTANCE: PositiveInt = 16  # images per person in a batch
+    SAMPLER: Annotated[str, "a batch is always persons x instances"] = "softmax_triplet"

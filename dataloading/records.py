@@ -1,0 +1,187 @@
+"""What a data set is to the rest of the project, `Split` of `Record`s, and the checks made before the first step."""
+
+import io
+import os
+import stat
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+PARTS = ("train", "query", "gallery")
+MAX_PIXELS = 25_000_000  # a larger header is a mistake or a decompression bomb
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # no format that starts another program
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"})
+NAMED_FAULTS = 20
+
+
+class DataError(ValueError):
+    """Something about the data that its owner can put right."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    path: str  # absolute
+    person: int  # as the data set numbers it; 0: distractor
+    camera: int  # from 0
+
+
+@dataclass(frozen=True)
+class Split:
+    name: str
+    root: str
+    train: tuple[Record, ...]
+    query: tuple[Record, ...]
+    gallery: tuple[Record, ...]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for part in PARTS:
+            if not getattr(self, part):
+                raise DataError(f"{self.name}: no images for {part} in {shown(self.root)}; all three parts are needed")
+
+    @cached_property
+    def persons(self) -> tuple[int, ...]:
+        """Sorted; the label of a person is its position."""
+        return tuple(sorted({record.person for record in self.train}))
+
+    @cached_property
+    def labels(self) -> list[int]:
+        label = {person: position for position, person in enumerate(self.persons)}
+        return [label[record.person] for record in self.train]
+
+    @cached_property
+    def cameras(self) -> tuple[int, ...]:
+        """Those seen in training, sorted."""
+        return tuple(sorted({record.camera for record in self.train}))
+
+    @property
+    def num_persons(self) -> int:
+        return len(self.persons)
+
+    @property
+    def num_cameras(self) -> int:
+        return self.cameras[-1] + 1
+
+    def describe(self) -> str:
+        lines = [f"{self.name} in {shown(self.root)}", f"{'part':8}{'images':>10}{'persons':>10}{'cameras':>10}"]
+        for part in PARTS:
+            records = getattr(self, part)
+            persons, cameras = {r.person for r in records}, {r.camera for r in records}
+            lines.append(f"{part:8}{len(records):>10,}{len(persons):>10,}{len(cameras):>10}")
+        return "\n".join([*lines, *([self.note] if self.note else [])])
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path as text that every terminal and log can take, whatever bytes its name has."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def list_images(folder: str | Path) -> tuple[list[str], int]:
+    """The image files directly in a folder, sorted, and how many entries with an image's name were no regular file.
+
+    Links to files count as files; `._*` (macOS) and other files are passed over. Opens nothing, so nothing can hang.
+    """
+    found, skipped = [], 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("._") or os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
+                continue
+            if _is_regular(entry):
+                found.append(entry.path)
+            else:
+                skipped += 1
+    return sorted(found), skipped
+
+
+def _is_regular(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link to itself
+        return False
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of a regular file; a FIFO or a device raises instead of blocking."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("not a regular file")
+        return file.read()
+
+
+def open_image(data: bytes) -> Image.Image:
+    """The header only. ValueError or OSError when it is no image or too large a one."""
+    if not data:
+        raise ValueError("empty file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError as error:
+            raise ValueError("not an image, or its header is cut short") from error
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise ValueError(f"its header says more than {MAX_PIXELS:,} pixels") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"its header says {width} x {height} pixels, more than {MAX_PIXELS:,}")
+    return image
+
+
+def check_images(records: Iterable[Record]) -> None:
+    """Every file: there, regular, an image by its header, of a permitted size, and not cut short."""
+    paths = sorted({record.path for record in records})
+    faults = [(path, fault) for path in paths if (fault := _fault(path))]
+    if faults:
+        lines = [f"  {shown(path)}: {fault}" for path, fault in faults[:NAMED_FAULTS]]
+        more = [f"  and {len(faults) - NAMED_FAULTS:,} more"] if len(faults) > NAMED_FAULTS else []
+        heading = f"{len(faults):,} of {len(paths):,} image files cannot be used; replace them or take them out:"
+        raise DataError("\n".join([heading, *lines, *more]))
+
+
+def _fault(path: str) -> str:
+    try:
+        data = read_file(path)
+        image = open_image(data)
+        if not data.endswith(b"\xff\xd9"):  # the end of a whole JPEG; anything else is decoded to find out
+            image.load()
+    except Exception as error:  # decoders raise whatever a broken file leads them to
+        return f"{error.strerror if isinstance(error, OSError) and error.strerror else error}"
+    return ""
+
+
+def check_batch(split: Split, batch_size: int, instances: int, world_size: int = 1) -> None:
+    """A batch is P persons x K instances, and each rank takes whole persons."""
+    persons, rest = divmod(batch_size, instances)
+    if rest or not persons:
+        raise DataError(
+            f"SOLVER.IMS_PER_BATCH must be a multiple of DATALOADER.NUM_INSTANCE, got {batch_size} = "
+            f"{persons} x {instances} + {rest}; the next is {(persons + 1) * instances}"
+        )
+    if persons % world_size:
+        raise DataError(
+            f"each of {world_size} processes takes whole persons of a batch: SOLVER.IMS_PER_BATCH must be a multiple "
+            f"of {world_size} x {instances} = {world_size * instances}, got {batch_size} = {persons} x {instances}"
+        )
+    if split.num_persons < persons:
+        raise DataError(
+            f"{split.name} has {split.num_persons} persons to train on, a batch needs {persons} "
+            f"({batch_size} images / {instances} per person); SOLVER.IMS_PER_BATCH may be at most "
+            f"{split.num_persons * instances} here"
+        )
+
+
+def scarce_persons(split: Split, instances: int) -> int:
+    """How many persons have fewer training images than a batch takes of them, so that images repeat."""
+    return sum(count < instances for count in Counter(record.person for record in split.train).values())
+
+
+def unseen_cameras(split: Split) -> tuple[int, ...]:
+    """Cameras of query and gallery that training never sees, sorted."""
+    return tuple(sorted({record.camera for record in (*split.query, *split.gallery)} - set(split.cameras)))

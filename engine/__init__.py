@@ -1,0 +1,1 @@
+"""The doors and the loop: training, evaluation and what comes after them."""

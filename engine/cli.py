@@ -1,0 +1,16 @@
+"""The installed command: `fusionreid train|evaluate ...`, the same doors as the scripts."""
+
+import sys
+from importlib import import_module
+
+COMMANDS = {"train": "engine.train", "evaluate": "engine.evaluate"}
+
+
+def main() -> int:
+    command, *argv = sys.argv[1:] or ["--help"]
+    if command not in COMMANDS:
+        print(f"usage: fusionreid {{{','.join(COMMANDS)}}} --config_file FILE [KEY VALUE ...]", file=sys.stderr)
+        return 0 if command in ("-h", "--help") else 2
+    sys.argv[0] = f"fusionreid {command}"
+    code: int = import_module(COMMANDS[command]).main(argv)
+    return code

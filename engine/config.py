@@ -1,0 +1,183 @@
+"""SOLVER, TEST and the whole configuration: a YAML file and overrides become one `Config`, or one `ConfigError`."""
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+from dataloading.config import DataloaderConfig, DatasetsConfig, InputConfig
+from engine import dialect
+from fusionreid.config import ModelConfig, Section, Switch, Text
+
+
+class ConfigError(ValueError):
+    """Every mistake of a configuration, one per line."""
+
+    exit_code = 2
+
+
+class SolverConfig(Section):
+    """Optimiser, schedule and rhythm of training."""
+
+    OPTIMIZER_NAME: Literal["SGD", "AdamW", "Adam"] = "SGD"
+    MAX_EPOCHS: PositiveInt = 180
+    IMS_PER_BATCH: PositiveInt = 128  # over all processes: persons x DATALOADER.NUM_INSTANCE
+    BASE_LR: PositiveFloat = 0.005
+    BIAS_LR_FACTOR: PositiveFloat = 2.0  # rate of biases, relative to BASE_LR
+    LARGE_FC_LR: Switch = False  # classifiers learn at twice BASE_LR
+    MOMENTUM: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of SGD
+    WEIGHT_DECAY: NonNegativeFloat = 1e-4
+    WEIGHT_DECAY_BIAS: NonNegativeFloat = 1e-4
+    WARMUP_ITERS: NonNegativeInt = 10  # epochs of linear warm-up, before the cosine
+    MARGIN: NonNegativeFloat = 0.3  # of the triplet loss where MODEL.NO_MARGIN is no
+    CENTER_LR: PositiveFloat = 0.5  # rate of the centers where MODEL.IF_WITH_CENTER is yes
+    CENTER_LOSS_WEIGHT: NonNegativeFloat = 0.0005
+    PRECISION: Literal["fp32", "bf16", "fp16"] = "bf16"  # of activations; weights are fp32, fp16 scales the loss
+    TRIPLET_PRODUCTS: Literal["fp32", "amp"] = "fp32"  # amp: in PRECISION, noisy as published, for comparison
+    MAX_GRAD_NORM: NonNegativeFloat = 0.0  # gradients are clipped to this norm; 0: not at all
+    SEED: Annotated[int, Field(ge=0, lt=2**32)] = 1111
+    CHECKPOINT_PERIOD: PositiveInt = 180  # epochs
+    EVAL_PERIOD: PositiveInt = 30  # epochs
+    LOG_PERIOD: PositiveInt = 100  # steps
+
+    STEPS: Annotated[tuple[int, ...], "the schedule is a cosine"] = (40, 70)
+    GAMMA: Annotated[float, "the schedule is a cosine"] = 0.1
+    WARMUP_FACTOR: Annotated[float, "warm-up starts at 0.01 of BASE_LR"] = 0.01
+    WARMUP_METHOD: Annotated[str, "warm-up is linear"] = "linear"
+    CLUSTER_MARGIN: Annotated[float, "there is no cluster loss"] = 0.3
+    RANGE_K: Annotated[float, "there is no range loss"] = 2.0
+    RANGE_MARGIN: Annotated[float, "there is no range loss"] = 0.3
+    RANGE_ALPHA: Annotated[float, "there is no range loss"] = 0.0
+    RANGE_BETA: Annotated[float, "there is no range loss"] = 1.0
+    RANGE_LOSS_WEIGHT: Annotated[float, "there is no range loss"] = 1.0
+    COSINE_MARGIN: Annotated[float, "the classifier has no margin"] = 0.5
+    COSINE_SCALE: Annotated[float, "the classifier has no scale"] = 30.0
+
+
+def _word(value: Any) -> Any:
+    return dialect.plain(value) if isinstance(value, str) else value  # 'no' means no
+
+
+# yes: k-reciprocal with k1 20, k2 6, weight 0.3 as its paper has it; published: with 50, 15, 0.3
+ReRanking = Annotated[Literal[False, True, "published"], BeforeValidator(_word)]
+
+
+class TestConfig(Section):
+    """What is evaluated, and how."""
+
+    WEIGHT: str = ""  # checkpoint to evaluate; empty: the best or newest in OUTPUT_DIR
+    IMS_PER_BATCH: PositiveInt = 256
+    FEAT: Annotated[int, Field(ge=0, le=6)] = 0  # 0: all heads concatenated; 1..6: one of them
+    NECK_FEAT: Literal["before", "after"] = "before"  # features before or after the batch norm neck
+    FEAT_NORM: Switch = True  # unit length
+    RE_RANKING: ReRanking = False  # no, yes or published
+    SIE_UNKNOWN: Literal["error", "mean"] = "error"  # a camera that training never saw: stop, or the mean embedding
+
+
+class Config(Section):
+    """The whole configuration."""
+
+    MODEL: ModelConfig = ModelConfig()
+    INPUT: InputConfig = InputConfig()
+    DATASETS: DatasetsConfig = DatasetsConfig()
+    DATALOADER: DataloaderConfig = DataloaderConfig()
+    SOLVER: SolverConfig = SolverConfig()
+    TEST: TestConfig = TestConfig()
+    OUTPUT_DIR: Text = "./log"  # logs, checkpoints, results
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        batch, instances = self.SOLVER.IMS_PER_BATCH, self.DATALOADER.NUM_INSTANCE
+        if batch % instances or batch < 2 * instances:
+            rule = f"2 or more persons with DATALOADER.NUM_INSTANCE ({instances}) images each, got {batch}"
+            raise _contradiction(rule, "SOLVER.IMS_PER_BATCH", "DATALOADER.NUM_INSTANCE")
+        train, test = self.INPUT.SIZE_TRAIN, self.INPUT.SIZE_TEST
+        if self.MODEL.TRANS_USE and train != test:
+            rule = f"INPUT.SIZE_TRAIN {train}, for which the Transformer's positions are made, got {test}"
+            raise _contradiction(rule, "INPUT.SIZE_TEST", "INPUT.SIZE_TRAIN", "MODEL.TRANS_USE")
+        if self.TEST.FEAT > 1 and not (self.MODEL.RES_USE and self.MODEL.TRANS_USE):
+            rule = f"0 or 1, since a model of one branch has one head, got {self.TEST.FEAT}"
+            raise _contradiction(rule, "TEST.FEAT", "MODEL.RES_USE", "MODEL.TRANS_USE")
+        return self
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A line for every key that differs from its default and yet has no effect."""
+        idle = {key: text for key, field in KEYS.items() for text in field.metadata if isinstance(text, str)}
+        if self.MODEL.NO_MARGIN:
+            idle["SOLVER.MARGIN"] = "MODEL.NO_MARGIN is yes"
+        if not self.MODEL.IF_WITH_CENTER:
+            idle["SOLVER.CENTER_LR"] = idle["SOLVER.CENTER_LOSS_WEIGHT"] = "MODEL.IF_WITH_CENTER is no"
+        values = {key: attrgetter(key)(self) for key in idle}
+        set_ones = [key for key in idle if values[key] != KEYS[key].default]
+        return tuple(f"{key}: {values[key]!r} has no effect: {idle[key]}" for key in set_ones)
+
+    def dump(self) -> str:
+        """Every key as YAML; `load_config` reads it back to an equal `Config`."""
+        return dialect.dump(self.model_dump())
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
+        """The inverse of `model_dump`, also after a walk through JSON."""
+        return _build(dialect.dump(values), "saved config", (), [])
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """The YAML file under `overrides`, each `KEY=VALUE` or `KEY`, `VALUE`. ConfigError holds every mistake."""
+    problems: list[str] = []
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        text = ""
+        problems.append(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}")
+    return _build(text, str(path), overrides, problems)
+
+
+def _build(text: str, name: str, overrides: Sequence[str], problems: list[str]) -> Config:
+    settings = dialect.read_yaml(text, name, SECTIONS, problems) | dialect.read_overrides(overrides, KEYS, problems)
+    unknown = [key for key in settings if key not in KEYS]
+    problems += [f"{settings[key].where}: {key}: {_unknown(key, settings.pop(key).value)}" for key in unknown]
+    config = dialect.validate(Config, settings, problems)
+    if problems:
+        raise ConfigError("\n".join(line if line.isprintable() else ascii(line)[1:-1] for line in problems))
+    return config
+
+
+def _unknown(key: str, value: Any) -> str:
+    if key in SECTIONS:
+        return f"is a section of keys, got {value!r}"
+    last = "." + key.upper().rpartition(".")[2]
+    meant = [known for known in KEYS if f".{known}".endswith(last)]
+    meant = meant or difflib.get_close_matches(key.upper(), [*KEYS, *SECTIONS], n=1)
+    return "unknown key" + (f", did you mean {' or '.join(meant)}?" if meant else "")
+
+
+def _contradiction(rule: str, *keys: str) -> PydanticCustomError:
+    return PydanticCustomError("contradiction", f"must be {rule}", {"keys": keys})
+
+
+def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+KEYS = dict(_fields(Config))  # dotted
+SECTIONS = {key.rpartition(".")[0] for key in KEYS} - {""}

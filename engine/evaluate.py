@@ -1,0 +1,27 @@
+"""The door of evaluation, and its path: checkpoint -> embeddings of query and gallery -> ranks -> mAP, mINP, CMC.
+
+`python engine/evaluate.py --config_file FILE [--baselines] [KEY VALUE ...]`
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # a script's own folder must not hide modules, and its project need not be installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from engine import door
+from engine.config import Config
+
+
+def main(argv: list[str] | None = None) -> int:
+    return door.run(evaluate, argv, flags={"--baselines": "also rank by an untrained network and by colour histograms"})
+
+
+def evaluate(cfg: Config, *, baselines: bool = False) -> None:
+    from engine.evaluation import evaluate_checkpoint
+
+    evaluate_checkpoint(cfg, baselines=baselines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""Evaluation of a model: embeddings, in equal shares by all ranks, then exact ranks of every true match."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dataloading import read_split
+from dataloading.loader import TestLoader
+from dataloading.records import DataError, Record, Split, check_images
+from engine import checkpoint, parallel
+from engine.baselines import colour_histogram
+from engine.checkpoint import CheckpointError
+from engine.config import Config
+from engine.metrics import write_json
+from engine.parallel import Ranks
+from engine.report import System, rank_lists, write_html
+from engine.rerank import rerank_blocks
+from engine.retrieval import Ranking, rank, rank_blocks, top_k
+from fusionreid import FusionReID, build_model
+from fusionreid.formats import read_state
+from fusionreid.weights import load_published
+
+log = logging.getLogger(__name__)
+
+
+RE_RANKING: dict[bool | str, tuple[int, int] | None] = {False: None, True: (20, 6), "published": (50, 15)}  # k1, k2
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or a feature is NaN or infinite; nothing was updated or scored with it."""
+
+    exit_code = 5
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Features (Q, D) and (G, D) in float32 on the CPU, and what ranking them gave."""
+
+    query: Tensor
+    gallery: Tensor
+    ranking: Ranking
+
+
+def check_cameras(split: Split, cameras: Sequence[int], cfg: Config) -> None:
+    """A camera not in `cameras`, which training saw, has no embedding: an error unless TEST.SIE_UNKNOWN is mean."""
+    unseen = sorted({record.camera for record in (*split.query, *split.gallery)} - set(cameras))
+    if cfg.MODEL.SIE_CAMERA and cfg.MODEL.TRANS_USE and unseen and cfg.TEST.SIE_UNKNOWN == "error":
+        raise DataError(
+            f"{split.name}: query or gallery has images of cameras {[c + 1 for c in unseen]}, training had only "
+            f"{[c + 1 for c in cameras]} (counted from 1), so the model has no embedding for them; set "
+            "TEST.SIE_UNKNOWN mean to use the mean embedding, or train with MODEL.SIE_CAMERA no"
+        )
+
+
+@torch.no_grad()
+def embed(model: nn.Module, records: Sequence[Record], cameras: Sequence[int], cfg: Config, ranks: Ranks) -> Tensor:
+    """Test vectors (N, D) of all records in order, float32 on the CPU of every rank.
+
+    `cameras` are those that training saw; any other counts as unknown (-1). All ranks take equally many images, the
+    last one some twice, because a sharded model computes in step.
+    """
+    share = -(-len(records) // ranks.world_size)
+    mine = [records[min(i, len(records) - 1)] for i in range(ranks.rank * share, (ranks.rank + 1) * share)]
+    known = torch.zeros(max([*cameras, *(r.camera for r in records)]) + 1, dtype=torch.bool, device=ranks.device)
+    known[list(cameras)] = True
+    model.eval()
+    parts = []
+    loader = TestLoader(mine, cfg.INPUT, batch_size=cfg.TEST.IMS_PER_BATCH, num_workers=cfg.DATALOADER.NUM_WORKERS,
+                        device=ranks.device)  # fmt: skip
+    for batch in loader:
+        with parallel.autocast(cfg.SOLVER.PRECISION, ranks.device):
+            outputs = model(batch.images, torch.where(known[batch.cameras], batch.cameras, -1))
+        feature = outputs.embedding(cfg.TEST.NECK_FEAT, cfg.TEST.FEAT).float()
+        parts.append((F.normalize(feature) if cfg.TEST.FEAT_NORM else feature).cpu())
+    loader.close()
+    features = parallel.gather_rows(torch.cat(parts))[: len(records)]
+    bad = [r.path for r, fine in zip(records, features.isfinite().all(1).tolist(), strict=True) if not fine]
+    if bad:
+        raise NonFiniteError(
+            f"features of {len(bad)} of {len(records)} images are not finite, the first: {bad[:5]}; nothing was "
+            "scored: look at these images, or evaluate with SOLVER.PRECISION fp32"
+        )
+    return features
+
+
+def evaluate(model: nn.Module, split: Split, cameras: Sequence[int], cfg: Config, ranks: Ranks) -> Evaluation:
+    """Embed query and gallery and rank the gallery for every query, re-ranked if TEST.RE_RANKING says so."""
+    features = embed(model, (*split.query, *split.gallery), cameras, cfg, ranks)
+    query, gallery = features[: len(split.query)], features[len(split.query) :]
+    return Evaluation(query, gallery, rank_split(query, gallery, split, ranks, RE_RANKING[cfg.TEST.RE_RANKING]))
+
+
+def rank_split(
+    query: Tensor, gallery: Tensor, split: Split, ranks: Ranks, neighbourhood: tuple[int, int] | None = None
+) -> Ranking:
+    """The exact ranking of a split's gallery by features (Q, D) and (G, D); each rank takes its share of the queries.
+
+    `neighbourhood` is k1 and k2 of k-reciprocal re-ranking, which every rank does whole.
+    """
+    ids = split_ids(split)
+    if neighbourhood:
+        return rank_blocks(rerank_blocks(query, gallery, *neighbourhood, metric="euclidean"), *ids)
+    part = rank(query, gallery, *ids, metric="euclidean", share=(ranks.rank, ranks.world_size))
+    ends = parallel.gather_rows(part.num_matches).cumsum(0)
+    recomputed = int(parallel.gather_rows(torch.tensor([part.recomputed])).sum())
+    return Ranking(parallel.gather_rows(part.ranks), torch.cat([ends.new_zeros(1), ends]), part.max_rank, recomputed)
+
+
+def split_ids(split: Split) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Persons of query and gallery, cameras of query and gallery."""
+    persons, cameras = (
+        [torch.tensor([getattr(r, what) for r in records]) for records in (split.query, split.gallery)]
+        for what in ("person", "camera")
+    )
+    return (*persons, *cameras)
+
+
+def build(cfg: Config, num_classes: int, num_cameras: int) -> FusionReID:
+    """The model that the configuration describes, before any trained weights."""
+    return build_model(cfg.MODEL, image_size=cfg.INPUT.SIZE_TRAIN, num_classes=num_classes, num_cameras=num_cameras)
+
+
+def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Fill a model, sharded or not, with whole CPU tensors; an entry too few, too many or misshaped raises."""
+    own = model.state_dict()
+    checkpoint.compare("the model", own, tensors)
+    for name, tensor in own.items():
+        parallel.local_shard(tensor).copy_(parallel.shard_like(tensors[name], tensor))
+
+
+def find_checkpoint(cfg: Config) -> Path:
+    """TEST.WEIGHT, or the best or newest checkpoint of the run in OUTPUT_DIR."""
+    if cfg.TEST.WEIGHT:
+        return Path(cfg.TEST.WEIGHT)
+    folder = Path(cfg.OUTPUT_DIR) / "checkpoints"
+    path = checkpoint.best(folder) or checkpoint.latest(folder)
+    if path is None:
+        raise CheckpointError(f"no checkpoint in {folder}: train first, or name one with TEST.WEIGHT")
+    return path
+
+
+def restore(cfg: Config) -> tuple[FusionReID, tuple[int, ...]]:
+    """The trained model and the cameras it has seen, from a checkpoint folder or a file of the published code."""
+    path = find_checkpoint(cfg)
+    if path.is_dir():
+        tensors, state = checkpoint.load(path)
+        model = build(cfg, state["classes"], max(state["cameras"]) + 1)
+        load_model(model, tensors["model"])
+        return model, tuple(state["cameras"])
+    published = read_state(path)
+    (classes, *_) = (len(t) for name, t in published.items() if name.endswith("classifier.weight"))
+    cameras = max((len(t) for name, t in published.items() if name.endswith("sie_embed")), default=1)
+    model = build(cfg, classes, cameras)
+    load_published(model, published)
+    return model, tuple(range(cameras))
+
+
+def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
+    """Evaluate a trained model on the data set of the configuration: table, metrics.json and report in OUTPUT_DIR."""
+    ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
+    split = ranks.first(lambda: read_split(cfg.DATASETS))
+    check_images((*split.query, *split.gallery))
+    model, cameras = restore(cfg)
+    check_cameras(split, cameras, cfg)
+    trained = evaluate(parallel.shard(model.to(ranks.device), ranks), split, cameras, cfg, ranks)
+    rankings = {"FusionReID": trained.ranking}
+    if baselines:
+        torch.manual_seed(cfg.SOLVER.SEED)
+        untrained = build(cfg, split.num_persons, max(cameras) + 1).to(ranks.device)
+        rankings["untrained"] = evaluate(parallel.shard(untrained, ranks), split, cameras, cfg, ranks).ranking
+        query, gallery = (torch.from_numpy(colour_histogram(records)) for records in (split.query, split.gallery))
+        rankings["colour histogram"] = rank_split(query, gallery, split, ranks)
+    if ranks.main:
+        show(cfg, split, trained, rankings)
+
+
+def show(cfg: Config, split: Split, trained: Evaluation, rankings: Mapping[str, Ranking]) -> None:
+    """Print the table and write metrics.json, ranks.png and report.html."""
+    output = Path(cfg.OUTPUT_DIR)
+    output.mkdir(parents=True, exist_ok=True)
+    systems = [System(name, r.mAP, r.mINP, r.cmc.numpy(), r.num_valid) for name, r in rankings.items()]
+    print(f"{'%':18}{'mAP':>8}{'mINP':>8}{'Rank-1':>8}{'Rank-5':>8}{'Rank-10':>8}{'queries':>9}")
+    for s in systems:
+        measures = (s.mAP, s.mINP, *s.cmc[[0, 4, 9]])
+        print(f"{s.name:18}" + "".join(f"{100 * value:8.1f}" for value in measures) + f"{s.valid_queries:9}")
+    numbers = {s.name: {"mAP": s.mAP, "mINP": s.mINP, "cmc": s.cmc.tolist(), "valid_queries": s.valid_queries,
+                        "unmatched_queries": rankings[s.name].num_unmatched} for s in systems}  # fmt: skip
+    write_json(output / "metrics.json", {"data": split.name, "note": split.note, "results": numbers})
+    distances, neighbours = top_k(trained.query, trained.gallery, *split_ids(split), k=10, metric="euclidean")
+    precision = torch.full((len(split.query),), torch.nan, dtype=torch.float64)
+    precision[trained.ranking.num_matches > 0] = trained.ranking.average_precisions
+    similarity = 1 - distances / 2 if cfg.TEST.FEAT_NORM else -distances  # the cosine of features of unit length
+    picture = rank_lists(split.query, split.gallery, neighbours.numpy(), similarity.numpy(), precision.numpy())
+    picture.save(output / "ranks.png")
+    write_html(
+        output / "report.html", title="FusionReID", systems=systems, split=split, config=cfg.dump(), picture=picture
+    )
+    print(f"rank lists and CMC curves: {output / 'report.html'}")

@@ -1,0 +1,145 @@
+"""Processes and shards: how a run starts, how a model is spread over ranks, and what crosses between them."""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+TIMEOUT = timedelta(minutes=10)  # a rank that has not answered by then is dead
+
+
+class DeviceError(ValueError):
+    """The configuration asks for a device that is not there."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run and what this one is among them."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Rank 0 does the work before the others do it too: what it left on disk they find."""
+        result = work() if self.main else None
+        dist.barrier()
+        return work() if result is None else result
+
+
+def start(device_type: str, *, required: bool = False) -> Ranks:
+    """Join the processes that torchrun started, or be the only one.
+
+    `device_type` is cuda or cpu; without a GPU, cuda means cpu and says so, or is an error if it is `required`.
+    """
+    world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    if device_type == "cuda" and not torch.cuda.is_available():
+        if required:
+            raise DeviceError("MODEL.DEVICE is cuda and torch finds no GPU: check the driver, or set MODEL.DEVICE cpu")
+        log.warning("torch finds no GPU: computing on the CPU")
+        device_type = "cpu"
+    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Ranks(dist.get_rank(), world_size, device, init_device_mesh(device.type, (world_size,)))
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Where activations are computed in bf16 or fp16; weights, norms' statistics and losses stay fp32."""
+    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
+
+
+def shard(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """FSDP2 on every block of the Transformer and of the HTM, then on the whole; the same at every world size.
+
+    Parameters stay gathered between forward and backward: a model of this size fits, and one gather is saved.
+    """
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes into an output
+    lists = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in ("blocks", "layers")]
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    for name in outermost:
+        for block in model.get_submodule(name).children():
+            fully_shard(block, mesh=ranks.mesh, reshard_after_forward=False)
+    return fully_shard(model, mesh=ranks.mesh, reshard_after_forward=False)
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; a tensor that is not sharded as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full_tensor(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """The whole of a sharded tensor on the CPU; `like` lends its sharding to a plain local shard. All ranks call it."""
+    if isinstance(like, DTensor) and tensor.ndim == like.ndim and tensor.ndim > 0:
+        tensor = DTensor.from_local(tensor, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+
+def shard_like(full: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole CPU tensor, sharded as `like` is."""
+    full = full.to(like.device)
+    if isinstance(like, DTensor) and full.ndim == like.ndim:
+        return distribute_tensor(full, like.device_mesh, like.placements).to_local()
+    return full
+
+
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """Mean over ranks, in place."""
+    dist.all_reduce(tensor)
+    return tensor.div_(dist.get_world_size())
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Maximum over ranks, in place."""
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all ranks, one rank's below the other's, on every rank; the ranks may have different numbers."""
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)]))
+    padded = rows.new_zeros((max(int(count) for count in counts), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
+
+
+@torch.no_grad()
+def equalise_statistics(model: nn.Module) -> None:
+    """Batch-norm running statistics become their mean over ranks: one flat reduction."""
+    floats = [b for b in model.buffers() if b.is_floating_point()]
+    if dist.get_world_size() == 1 or not floats:
+        return
+    flat = all_reduce_mean(torch.cat([b.flatten() for b in floats]))
+    for buffer, part in zip(floats, flat.split([b.numel() for b in floats]), strict=True):
+        buffer.copy_(part.view_as(buffer))

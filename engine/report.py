@@ -1,0 +1,193 @@
+"""What people look at after an evaluation: rank lists as a picture, the CMC curve, and one HTML file of it all."""
+
+import base64
+import io
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from itertools import cycle
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from dataloading.records import Record, Split, shown
+
+THUMBNAIL = (80, 160)  # width, height in pixels
+GAP, MARGIN, CAPTION, FRAME = 14, 24, 34, 4
+INK, FAINT, RIGHT, WRONG, IGNORED = "#1d2229", "#69707a", "#1a9850", "#d73027", "#9aa0a8"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind eyes too
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2229; --faint: #69707a; --line: #dfe2e6; --paper: #fff; --wash: #f5f6f8 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e8eb; --faint: #99a1ab; --line: #363c44; --paper: #15181c; --wash: #1d2126 } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 70rem;
+  margin: 3rem auto; padding: 0 1.5rem }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .25rem } h2 { font-size: 1.1rem; margin: 2.5rem 0 .75rem }
+p { color: var(--faint); max-width: 44rem; margin: 0 0 1rem; white-space: pre-line }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .4rem 1.1rem .4rem 0; border-bottom: 1px solid var(--line); text-align: right }
+th { font-weight: 500; color: var(--faint) } th:first-child, td:first-child { text-align: left }
+td.best { font-weight: 650 } img, svg { max-width: 100%; height: auto; border-radius: 6px }
+pre { background: var(--wash); padding: 1rem; border-radius: 6px; overflow-x: auto; font-size: .85rem }
+"""
+
+
+class System(NamedTuple):
+    """How well one way of embedding retrieves; all but the counts are fractions."""
+
+    name: str
+    mAP: float
+    mINP: float
+    cmc: np.ndarray  # (ranks,): at [k - 1], the share of queries with a match among the first k
+    valid_queries: int
+
+
+def choose_queries(average_precision: np.ndarray, rows: int) -> np.ndarray:
+    """Up to `rows` queries, evenly spread from the best average precision to the worst; NaN (no match) is left out."""
+    order = np.argsort(-average_precision, kind="stable")
+    order = order[np.isfinite(average_precision[order])]
+    return order[np.unique(np.linspace(0, len(order) - 1, min(rows, len(order))).round().astype(np.int64))]
+
+
+def rank_lists(
+    query: Sequence[Record], gallery: Sequence[Record], neighbours: np.ndarray, similarity: np.ndarray,
+    average_precision: np.ndarray, *, rows: int = 6, top: int = 10,
+) -> Image.Image:  # fmt: skip
+    """A row per chosen query: the query, then its nearest gallery images, framed green (right), red (wrong) or grey
+    (same person and camera, not counted).
+
+    neighbours and similarity are (Q, K), nearest first, indices into gallery; average_precision is (Q,) with NaN where
+    a query has no match.
+    """
+    chosen, top = choose_queries(average_precision, rows), min(top, neighbours.shape[1])
+    width, height = THUMBNAIL[0] + GAP, THUMBNAIL[1] + CAPTION + GAP
+    sheet = Image.new("RGB", (2 * MARGIN + (top + 1) * width + GAP, 2 * MARGIN + len(chosen) * height + GAP), "white")
+    pen, small = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+
+    def place(record: Record, x: int, y: int, frame: str, text: str) -> None:
+        with Image.open(record.path) as file:
+            sheet.paste(file.convert("RGB").resize(THUMBNAIL, Image.Resampling.BICUBIC), (x, y))
+        outline = (x - FRAME, y - FRAME, x + THUMBNAIL[0] + FRAME - 1, y + THUMBNAIL[1] + FRAME - 1)
+        pen.rounded_rectangle(outline, FRAME, outline=frame, width=FRAME)
+        pen.text((x, y + THUMBNAIL[1] + 7), f"{record.person:04d}  cam {record.camera + 1}", INK, small)
+        pen.text((x, y + THUMBNAIL[1] + 21), text, FAINT, small)
+
+    pen.text((MARGIN, MARGIN - 12), "query", FAINT, small)
+    pen.text((MARGIN + width + GAP, MARGIN - 12), "gallery, most similar first", FAINT, small)
+    for row, i in enumerate(chosen):
+        y = MARGIN + GAP + row * height
+        place(query[i], MARGIN, y, INK, f"AP {100 * average_precision[i]:.1f} %")
+        for column, (j, value) in enumerate(zip(neighbours[i, :top], similarity[i, :top])):
+            same_person, same_camera = gallery[j].person == query[i].person, gallery[j].camera == query[i].camera
+            frame = WRONG if not same_person else IGNORED if same_camera else RIGHT
+            place(gallery[j], MARGIN + GAP + (column + 1) * width, y, frame, f"{value:.3f}")
+    return sheet
+
+
+def cmc_svg(curves: Mapping[str, np.ndarray], ranks: int = 20) -> str:
+    """An inline SVG: matching rate over rank, one labelled line per system; it takes the ink of the page it is in."""
+    width, height, left, right, top, bottom = 720, 380, 48, 190, 16, 44
+    ranks = max(2, min(ranks, max(map(len, curves.values()))))
+
+    def across(rank: int) -> float:
+        return left + (rank - 1) / (ranks - 1) * (width - left - right)
+
+    def up(rate: float) -> float:
+        return height - bottom - rate * (height - top - bottom)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'role="img" font-family="system-ui, sans-serif" font-size="13">'
+        "<title>Cumulative matching characteristic</title>"
+    ]
+    for percent in range(0, 101, 20):
+        y = up(percent / 100)
+        parts.append(f'<path d="M{left} {y:.1f}H{width - right}" stroke="currentColor" stroke-opacity="0.14"/>')
+        parts.append(_text(left - 8, y + 4.5, f"{percent}", "end", faint=True))
+    for rank in (1, *range(5, ranks + 1, 5)):
+        parts += [_text(across(rank), height - bottom + 20, f"{rank}", "middle", faint=True)]
+    parts.append(_text(left + (width - left - right) / 2, height - 6, "rank", "middle", faint=True))
+    floor = float("-inf")
+    coloured = zip(curves.items(), cycle(COLOURS))
+    for (name, cmc), colour in sorted(coloured, key=lambda line: -_at_rank(line[0][1], ranks)):
+        points = " ".join(f"{across(k):.1f},{up(_at_rank(cmc, k)):.1f}" for k in range(1, ranks + 1))
+        parts.append(
+            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.25" stroke-linejoin="round"/>'
+        )
+        floor = max(up(_at_rank(cmc, ranks)) + 4.5, floor + 18)  # labels do not meet
+        parts.append(_text(width - right + 10, floor, name, "start", colour))
+    return "".join([*parts, "</svg>"])
+
+
+def _text(x: float, y: float, text: str, anchor: str, colour: str = "currentColor", faint: bool = False) -> str:
+    opacity = ' fill-opacity="0.65"' if faint else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}"{opacity}>{escape(text)}</text>'
+
+
+def _at_rank(cmc: np.ndarray, rank: int) -> float:
+    """A list shorter than the rank has found all that it will."""
+    return float(cmc[min(rank, len(cmc)) - 1])
+
+
+def write_html(
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    systems: Sequence[System],
+    split: Split,
+    config: str,
+    picture: Image.Image | None = None,
+) -> None:
+    """One file without scripts or links: results, CMC curves, rank lists, data set and configuration (YAML text)."""
+    rows = [[system.mAP, system.mINP, *(_at_rank(system.cmc, k) for k in (1, 5, 10))] for system in systems]
+    best = np.nanmax(rows, axis=0)
+    results = "".join(
+        f"<tr><td>{escape(system.name)}</td>"
+        + "".join(f"<td{mark}>{_percent(v)}</td>" for v, mark in zip(row, np.where(row == best, ' class="best"', "")))
+        + f"<td>{system.valid_queries:,}</td></tr>"
+        for system, row in zip(systems, rows)
+    )
+    counts = "".join(
+        f"<tr><td>{part}</td><td>{len(records):,}</td><td>{len({r.person for r in records}):,}</td>"
+        f"<td>{len({r.camera for r in records}):,}</td></tr>"
+        for part, records in (("train", split.train), ("query", split.query), ("gallery", split.gallery))
+    )
+    sections = [
+        f"<h1>{escape(title)}</h1><p>{escape(f'{split.name} in {shown(split.root)} {split.note}')}</p>",
+        _table("Results, %", ("", "mAP", "mINP", "Rank-1", "Rank-5", "Rank-10", "valid queries"), results),
+        "<h2>Queries (%) with a match among the first k</h2>" + cmc_svg({s.name: s.cmc for s in systems}),
+    ]
+    if picture is not None:
+        sections.append(
+            "<h2>Rank lists, from the best query to the worst</h2><p>Green: the same person. Red: another. Grey: the "
+            "same person in the query's own camera, not counted.</p>"
+            f'<img alt="rank lists" src="data:image/png;base64,{_png(picture)}">'
+        )
+    sections.append(_table("Data", ("", "images", "persons", "cameras"), counts))
+    sections.append(f"<h2>Configuration</h2><pre>{escape(config)}</pre>")
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
+    )
+    draft = Path(path).with_suffix(".draft")
+    draft.write_text(page, encoding="utf-8")
+    os.replace(draft, path)
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.1f}" if np.isfinite(rate) else "n/a"
+
+
+def _table(title: str, head: Sequence[str], rows: str) -> str:
+    cells = "".join(f"<th>{escape(name)}</th>" for name in head)
+    return f"<h2>{escape(title)}</h2><table><thead><tr>{cells}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _png(picture: Image.Image) -> str:
+    data = io.BytesIO()
+    picture.save(data, "PNG", optimize=True)
+    return base64.b64encode(data.getvalue()).decode("ascii")

@@ -1,0 +1,65 @@
+"""The MODEL section of the configuration: published keys, published defaults, and what they may hold."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
+
+
+class Section(BaseModel, strict=True, frozen=True, extra="forbid", allow_inf_nan=False):
+    """A part of the configuration. A text in a key's annotation says why that published key has no effect."""
+
+
+Switch = Annotated[bool, Field(strict=False)]  # yes/no, on/off, true/false, 1/0
+Rate = Annotated[float, Field(ge=0, lt=1)]  # share that is dropped
+Text = Annotated[str, Field(min_length=1)]
+
+
+def _no(value: Any) -> Any:
+    return "no" if value is False else value  # a bare `no` in YAML
+
+
+class ModelConfig(Section):
+    """What is built, with which weights it starts, and what its loss is made of."""
+
+    DEVICE: Literal["cuda", "cpu"] = "cuda"  # cuda falls back to cpu where there is no GPU
+    LAST_STRIDE: Literal[1, 2] = 1  # of the CNN's last stage; 1 doubles the feature map
+    PRETRAIN_CHOICE: Literal["imagenet", "checkpoint", "none"] = "imagenet"  # checkpoint: fine-tune; none: random start
+    PRETRAIN_PATH: str = ""  # where PRETRAIN_CHOICE is checkpoint: a checkpoint folder or a published .pth file
+    PRETRAIN_PATH_R: str = "your CNN pretrained model path"  # weight file of the CNN
+    PRETRAIN_PATH_T: str = "your Transformer pretrained model path"  # weight file of the Transformer
+    RES_USE: Switch = True  # the CNN branch; the HTMs need both branches
+    TRANS_USE: Switch = True  # the Transformer branch
+    RES_MODE: Literal[1, 2, 3] = 1  # ResNet-50, ResNet-101, ResNet-152
+    RES_NAME: str = ""  # resnet50_ibn_a, resnet101_ibn_a or any timm CNN, in place of RES_MODE
+    TRANSFORMER_TYPE: Text = "vit_base_patch16_224"  # a published name or any timm ViT or Eva
+    STRIDE_SIZE: tuple[PositiveInt, PositiveInt] = (12, 12)  # height, width in pixels between two patches
+    HTM_LAYER: PositiveInt = 2  # number of HTM layers
+    MIX_DIM: Annotated[int, Field(gt=0, multiple_of=12)] = 768  # width of the HTMs, which have 12 heads
+    HTM_SHARE: Literal["encoder", "none", "fusion", "all"] = "encoder"  # weights common to both streams; paper: encoder
+    HTM_MODE: Literal[0, 1, 2, 3] = 0  # 0: encode, then fuse; 1: encode; 2: fuse; 3: fuse, then encode
+    DROP_PATH: Rate = 0.1  # stochastic depth of the Transformer's last block, growing linearly up to it
+    DROP_OUT: Rate = 0.0  # dropout in the Transformer
+    ATT_DROP_RATE: Rate = 0.0  # dropout of the Transformer's attention weights
+    SIE_CAMERA: Switch = True  # side information: a learnt embedding per camera
+    SIE_COE: float = 3.0  # factor of that embedding
+    NECK: Annotated[Literal["bnneck", "no"], BeforeValidator(_no)] = "bnneck"  # batch norm before the CNN's classifier
+    IF_LABELSMOOTH: Switch = True  # label smoothing 0.1 in the identity loss
+    ID_LOSS_WEIGHT: NonNegativeFloat = 1.0
+    TRIPLET_LOSS_WEIGHT: NonNegativeFloat = 1.0
+    NO_MARGIN: Switch = True  # soft-margin triplet loss; no: SOLVER.MARGIN
+    IF_WITH_CENTER: Switch = False  # adds the center loss, SOLVER.CENTER_LOSS_WEIGHT
+
+    NAME: Annotated[str, "the model is FusionReID"] = "FusionReID"
+    DEVICE_ID: Annotated[str, Field(strict=False, coerce_numbers_to_str=True), "set CUDA_VISIBLE_DEVICES"] = "0"
+    DIST_TRAIN: Annotated[Switch, "torchrun decides how many processes train"] = False
+    ID_LOSS_TYPE: Annotated[str, "the identity loss is the softmax cross-entropy"] = "softmax"
+    METRIC_LOSS_TYPE: Annotated[str, "triplet always; IF_WITH_CENTER adds the center loss"] = "triplet"
+    SIE_VIEW: Annotated[Switch, "no data set here labels the view"] = False
+
+    @model_validator(mode="after")
+    def _has_a_branch(self) -> Self:
+        if not (self.RES_USE or self.TRANS_USE):
+            rule = "must be yes where TRANS_USE is no: no branch is left"
+            raise PydanticCustomError("contradiction", rule, {"keys": ("RES_USE", "TRANS_USE")})
+        return self

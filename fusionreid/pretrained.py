@@ -1,0 +1,37 @@
+"""Are the weight files there? Asked before torch is loaded, so that a placeholder path costs no time."""
+
+from pathlib import Path
+
+from fusionreid.config import ModelConfig
+
+CHECKPOINT_FILES = ("model.safetensors", "state.json")
+
+
+class WeightsError(ValueError):
+    """A weight file is missing, unreadable, or does not fit the model."""
+
+    exit_code = 2
+
+
+def check_weights(config: ModelConfig) -> None:
+    """Raises `WeightsError` with every key of MODEL that should name a weight file and does not."""
+    if config.PRETRAIN_CHOICE == "none":
+        return
+    if config.PRETRAIN_CHOICE == "checkpoint":
+        path = Path(config.PRETRAIN_PATH)
+        if path.is_file() or all((path / name).is_file() for name in CHECKPOINT_FILES):
+            return
+        raise WeightsError(
+            f"MODEL.PRETRAIN_PATH: no such checkpoint: {config.PRETRAIN_PATH!r}\n"
+            f"Set it to a folder with {' and '.join(CHECKPOINT_FILES)}, such as OUTPUT_DIR/checkpoints/step-00001234, "
+            "or to a .pth file of the published code, or start otherwise: MODEL.PRETRAIN_CHOICE imagenet or none"
+        )
+    branches = ((config.RES_USE, "R", config.PRETRAIN_PATH_R), (config.TRANS_USE, "T", config.PRETRAIN_PATH_T))
+    missing = [
+        f"MODEL.PRETRAIN_PATH_{key}: no such file: {path!r}"
+        for used, key, path in branches
+        if used and not Path(path).is_file()
+    ]
+    if missing:
+        remedies = "Download the weights and set the path, or start from random weights: MODEL.PRETRAIN_CHOICE none"
+        raise WeightsError("\n".join([*missing, remedies]))

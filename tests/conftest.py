@@ -1,0 +1,33 @@
+"""What every test stands on: the interpreter without a GPU, seeds, determinism, the recorded numbers."""
+
+import os
+from pathlib import Path
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read once, when a kernel is first imported
+
+import pytest  # noqa: E402
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        marker = item.get_closest_marker("needs_gpu")
+        if marker is not None and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {marker.args[0]}"))
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    """Seeded, and deterministic algorithms also fill `torch.empty` with NaN, so that an unwritten output shows."""
+    torch.manual_seed(1111)
+    torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_threads() -> None:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))

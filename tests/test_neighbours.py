@@ -1,0 +1,67 @@
+"""Nearest neighbours: against sorting the fp64 distances, with ties, near-duplicates and every k."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import nearest_neighbours, neighbours, reference
+from tests.numerics import assert_close
+from tests.test_ranking import made_up
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(
+    num_query=st.integers(1, 7),
+    num_gallery=st.integers(1, 40),
+    width=st.sampled_from([1, 3, 129]),
+    kind=st.sampled_from(["spread", "ties", "near"]),
+    normalize=st.booleans(),
+    part=st.floats(0, 1),
+    seed=st.integers(0, 9999),
+)
+def test_equals_sorting_fp64_distances(
+    num_query: int, num_gallery: int, width: int, kind: str, normalize: bool, part: float, seed: int
+) -> None:
+    query, gallery = made_up(num_query, num_gallery, width, kind, seed)
+    k = 1 + int(part * (num_gallery - 1))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"QUERY_BLOCK": 3, "GALLERY_BLOCK": 5, "SPARE": 2}.items():
+            patch.setattr(neighbours, name, value)
+        found = nearest_neighbours(query, gallery, k, normalize=normalize)
+    expected = reference.nearest_neighbours(query, gallery, k, normalize=normalize)
+    assert found.indices.tolist() == expected.indices.tolist()
+    torch.testing.assert_close(found.distances, expected.distances, rtol=0, atol=0)
+    largest = gallery.norm(dim=1).max().item() ** 2 + query.norm(dim=1).max().item() ** 2
+    torch.testing.assert_close(found.farthest, expected.farthest, rtol=0, atol=1e-6 * (2 if normalize else 2 * largest))
+
+
+def test_more_near_duplicates_than_spare_candidates() -> None:
+    query, gallery = made_up(5, 300, 400, "near", 1)
+    found, expected = (op(query, gallery, 10) for op in (nearest_neighbours, reference.nearest_neighbours))
+    assert found.indices.tolist() == expected.indices.tolist()
+    assert found.indices.tolist() != torch.cdist(query, gallery).topk(10, largest=False).indices.tolist()
+
+
+def test_a_matrix_against_itself() -> None:
+    rows = torch.randn(30, 16)
+    found = nearest_neighbours(rows, rows, 3, normalize=True)
+    assert found.indices[:, 0].tolist() == list(range(30))
+    assert (found.distances[:, 0] == 0).all()
+    assert_close("cosine", 1 - found.distances[:, 1] / 2, _best_cosine(rows), 1e-6)
+
+
+def _best_cosine(rows: torch.Tensor) -> torch.Tensor:
+    unit = torch.nn.functional.normalize(rows.double())
+    return (unit @ unit.T).fill_diagonal_(-2).max(1).values
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_k_must_fit_the_gallery(k: int) -> None:
+    with pytest.raises(ValueError, match=f"k must be 1 to 4, the size of the gallery, got {k}"):
+        nearest_neighbours(torch.ones(2, 3), torch.ones(4, 3), k)
+
+
+def test_widths_must_agree() -> None:
+    with pytest.raises(ValueError, match="one model"):
+        nearest_neighbours(torch.ones(2, 3), torch.ones(4, 2), 1)

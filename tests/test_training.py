@@ -1,0 +1,145 @@
+"""Whole runs through the doors: train, stop, die, go on, evaluate, on one process and on two."""
+
+import json
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import checkpoint
+from engine.evaluate import main as evaluate
+from engine.train import main as train
+from tests.runs import arguments, command, finish, interrupt
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def unbroken(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("unbroken")
+    code, text = finish(command(*arguments(root, output)))
+    assert code == 0, text
+    return output
+
+
+def last(output: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, object]]:
+    path = checkpoint.latest(output / "checkpoints")
+    assert path is not None
+    return checkpoint.load(path)
+
+
+def lines(output: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_people_look_for(unbroken: Path) -> None:
+    losses = [line["loss"] for line in lines(unbroken)]
+    assert len(losses) == last(unbroken)[1]["step"]
+    assert losses[-1] < losses[0]
+    assert set(lines(unbroken)[-1]) >= {
+        "step",
+        "epoch",
+        "identity",
+        "triplet",
+        "accuracy",
+        "learning_rate",
+        "images_per_s",
+    }
+    assert list((unbroken / "tensorboard").glob("events*"))
+    assert json.loads((unbroken / "exit.json").read_text())["code"] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_broken_run_ends_in_the_same_bits(root: Path, unbroken: Path, tmp_path: Path, number: signal.Signals) -> None:
+    step = random.Random(number).randint(3, 7)
+    code, text = interrupt(command(*arguments(root, tmp_path)), tmp_path, step, number)
+    assert code == (143 if number == signal.SIGTERM else -9), text
+    code, text = finish(command(*arguments(root, tmp_path)))
+    assert code == 0, text
+    assert "resumed from" in text
+    (ours, state), (theirs, expected) = last(tmp_path), last(unbroken)
+    assert state["best_mAP"] == expected["best_mAP"]
+    for part in ("model", "optimizer"):
+        assert ours[part].keys() == theirs[part].keys()
+        assert all(torch.equal(ours[part][name], theirs[part][name]) for name in ours[part])
+    steps = [(line["step"], line["loss"]) for line in lines(tmp_path)]
+    assert steps == [(line["step"], line["loss"]) for line in lines(unbroken)]
+
+
+def test_two_processes_train_and_one_evaluates(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = finish(command(*arguments(root, tmp_path), processes=2))
+    assert code == 0, text
+    assert evaluate([*arguments(root, tmp_path), "--baselines"]) == 0
+    results = json.loads((tmp_path / "metrics.json").read_text())["results"]
+    assert results.keys() == {"FusionReID", "untrained", "colour histogram"}
+    assert f"mAP {100 * results['FusionReID']['mAP']:.1f} %" in text
+    assert "Rank-10" in capsys.readouterr().out
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def test_every_option_of_the_recipe_trains_and_resumes(root: Path, tmp_path: Path) -> None:
+    keys = {"MODEL__IF_WITH_CENTER": "yes", "SOLVER__PRECISION": "bf16", "SOLVER__TRIPLET_PRODUCTS": "amp",
+            "MODEL__NO_MARGIN": "no", "SOLVER__OPTIMIZER_NAME": "SGD", "SOLVER__MAX_GRAD_NORM": 1.0,
+            "TEST__RE_RANKING": "published", "SOLVER__MAX_EPOCHS": 2}  # fmt: skip
+    assert train(arguments(root, tmp_path, **keys)) == 0
+    first = last(tmp_path)[0]["centers"]["centers"]
+    path = checkpoint.checkpoints(tmp_path / "checkpoints")[-1]
+    path.rename(tmp_path / "aside")
+    assert train(arguments(root, tmp_path, **keys)) == 0
+    assert torch.equal(first, last(tmp_path)[0]["centers"]["centers"])
+
+
+def test_a_finished_run_is_not_trained_again(root: Path, unbroken: Path) -> None:
+    before = len(lines(unbroken))
+    assert train(arguments(root, unbroken)) == 0
+    assert len(lines(unbroken)) == before
+
+
+@pytest.mark.parametrize(
+    ("keys", "code", "words"),
+    [
+        ({"SOLVER__BASE_LR": "1e30"}, 5, "is not finite"),
+        ({"SOLVER__IMS_PER_BATCH": "64"}, 2, "8 persons to train on, a batch needs 16"),
+        ({"DATASETS__NAMES": "market1501"}, 2, "bounding_box_train"),
+        ({"MODEL__PRETRAIN_CHOICE": "imagenet"}, 2, "MODEL.PRETRAIN_PATH_R"),
+        ({"SOLVER__BASE_LRR": "1"}, 2, "did you mean SOLVER.BASE_LR"),
+        ({"MODEL__DEVICE": "cuda"}, 2, "MODEL.DEVICE"),
+    ],
+)
+def test_what_cannot_be_done_says_why(
+    root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], keys: dict[str, str], code: int, words: str
+) -> None:
+    if "MODEL__DEVICE" in keys and torch.cuda.is_available():
+        pytest.skip("here the device is there")
+    assert train(arguments(root, tmp_path, **keys)) == code
+    assert words in capfd.readouterr().err
+    assert not checkpoint.checkpoints(tmp_path / "checkpoints")
+
+
+def test_a_run_with_another_configuration_is_not_continued(
+    root: Path, unbroken: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train(arguments(root, unbroken, SOLVER__BASE_LR="1e-3")) == 3
+    assert "SOLVER.BASE_LR" in capfd.readouterr().err
+
+
+def test_an_unseen_camera_is_an_error_or_the_mean(
+    root: Path, unbroken: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    three = {"DATASETS__SYNTHETIC__CAMERAS": "3", "TEST__WEIGHT": checkpoint.latest(unbroken / "checkpoints")}
+    assert evaluate(arguments(tmp_path, tmp_path, **three)) == 2
+    assert "TEST.SIE_UNKNOWN mean" in capfd.readouterr().err
+    assert evaluate(arguments(tmp_path, tmp_path, **three, TEST__SIE_UNKNOWN="mean")) == 0
+
+
+def test_a_bad_image_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert train(arguments(tmp_path, tmp_path / "first", SOLVER__MAX_EPOCHS=1, SOLVER__WARMUP_ITERS=0)) == 0
+    image = next((tmp_path / "synthetic" / "bounding_box_train").glob("*.jpg"))
+    image.write_bytes(image.read_bytes()[:200])
+    assert train(arguments(tmp_path, tmp_path / "second")) == 2
+    assert image.name in capfd.readouterr().err

@@ -270,8 +270,13 @@ def loss_options(cfg: Config, center_loss: CenterLoss | None) -> dict[str, Any]:
 
 def what_decides(cfg: Config) -> dict[str, Any]:
     """The keys that a resumed run must share with the one it continues, because the weights depend on them."""
-    free = {"MODEL": {"DEVICE", "PRETRAIN_PATH_R", "PRETRAIN_PATH_T"}, "INPUT": {"SIZE_TEST"}, "DATASETS": {"ROOT_DIR"},
-            "DATALOADER": {"NUM_WORKERS"}, "SOLVER": {"CHECKPOINT_PERIOD", "EVAL_PERIOD", "LOG_PERIOD"}}  # fmt: skip
+    free = {
+        "MODEL": {"DEVICE", "PRETRAIN_PATH", "PRETRAIN_PATH_R", "PRETRAIN_PATH_T"},
+        "INPUT": {"SIZE_TEST"},
+        "DATASETS": {"ROOT_DIR"},
+        "DATALOADER": {"NUM_WORKERS"},
+        "SOLVER": {"CHECKPOINT_PERIOD", "EVAL_PERIOD", "LOG_PERIOD"},
+    }
     values = cfg.model_dump(mode="json")
     return {f"{section}.{key}": value for section in free for key, value in values[section].items()
             if key not in free[section]}  # fmt: skip

@@ -21,6 +21,7 @@ RENAMES = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
         (r"tokens_to_token\.", "patch_embed."),  # T2T-ViT
+        (r"\bfc_norm\.", "norm."),  # the last norm of a model that pooled before it
         (r"\bgamma_([12])$", r"ls\1.gamma"),  # DeiT III
         (r"\b(register|storage)_tokens$", "reg_token"),  # DINOv2, DINOv3
         (r"\bvisual\.conv1\.", "visual.patch_embed.proj."),  # CLIP, here to the end

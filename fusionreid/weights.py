@@ -152,9 +152,10 @@ def load_pretrained(model: FusionReID, config: ModelConfig) -> list[LoadReport]:
 
 
 def load_imagenet(backbone: nn.Module, path: str | Path) -> LoadReport:
-    """Starts a backbone from a file of timm, torchvision, IBN-Net, DeiT, T2T-ViT, DINO, CLIP or MoCo, `.pth` or `.safetensors`.
+    """Starts a backbone from a `.pth` or `.safetensors` file.
 
-    Position tables are resized as published. Raises `WeightsError` if the file fits less than half of the backbone.
+    It may be of timm, torchvision, IBN-Net, DeiT, T2T-ViT, DINO, CLIP or MoCo. Position tables are resized as
+    published. Raises `WeightsError` if the file fits less than half of the backbone.
     """
     target = backbone.body if isinstance(backbone, TimmCNN) else backbone
     state = read_state(path)

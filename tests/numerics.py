@@ -14,7 +14,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 def assert_close(name: str, out: Any, expected: Any, relative: float) -> None:
     """The largest error is at most `relative` times the largest expected magnitude."""
-    out, expected = (torch.as_tensor(t).detach().cpu().double() for t in (out, expected))
+    out, expected = (torch.as_tensor(t, dtype=torch.float64).detach().cpu() for t in (out, expected))
     assert out.shape == expected.shape, f"{name}: shape {tuple(out.shape)}, expected {tuple(expected.shape)}"
     assert torch.isfinite(out).all(), f"{name}: not finite"
     error, largest = (out - expected).abs().max().item(), expected.abs().max().item()

@@ -84,6 +84,8 @@ def test_positions_are_resized_as_recorded(source: str, grid: tuple[int, int]) -
         (129, 1, (16, 8)),  # ReID pretraining at 256x128
         (193, 1, (24, 8)),  # and at 384x128
         (1370, 1, (37, 37)),  # DINOv2
+        (211, 1, (21, 10)),  # published, 256x128 at stride 12
+        (311, 1, (31, 10)),  # and 384x128
     ],
 )
 def test_layout_of_a_table_follows_from_its_rows(rows: int, prefix: int, grid: tuple[int, int]) -> None:

@@ -29,6 +29,18 @@ def test_only_what_is_used_is_asked_for(tmp_path: Path) -> None:
         check_weights(ModelConfig(PRETRAIN_PATH_R=str(path)))
 
 
+def test_a_missing_checkpoint_is_named_with_key_and_remedies(tmp_path: Path) -> None:
+    for path in ("", str(tmp_path), str(tmp_path / "model.pth")):
+        with pytest.raises(WeightsError) as error:
+            check_weights(ModelConfig(PRETRAIN_CHOICE="checkpoint", PRETRAIN_PATH=path))
+        for text in ("MODEL.PRETRAIN_PATH", repr(path), "state.json", "MODEL.PRETRAIN_CHOICE imagenet or none"):
+            assert text in str(error.value)
+    for name in ("model.pth", "model.safetensors", "state.json"):
+        (tmp_path / name).touch()
+    for path in (tmp_path, tmp_path / "model.pth"):
+        check_weights(ModelConfig(PRETRAIN_CHOICE="checkpoint", PRETRAIN_PATH=str(path)))
+
+
 def test_it_is_found_before_torch_is_imported() -> None:
     code = "import sys, fusionreid.pretrained; sys.exit('torch' in sys.modules)"
     start = time.monotonic()

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -18,7 +19,7 @@ TINY = {"embed_dim": 96, "depth": 2, "num_heads": 4, "num_classes": 0}
 
 def tiny(stride: int = 12, scale: float | None = None, sie: dict[str, Any] | None = None, **source: Any) -> ViT:
     size = source.pop("size", (64, 32))
-    model = VisionTransformer(**TINY | source)
+    model = source.pop("kind", VisionTransformer)(**TINY | source)
     return from_timm(model, image_size=size, stride=(stride, stride), scale=scale, **sie or {})
 
 
@@ -94,20 +95,31 @@ def test_grid_follows_from_size_and_stride(image_size: tuple[int, int], stride: 
     assert model(torch.zeros(1, 3, *image_size)).shape == (1, 1 + grid[0] * grid[1], 96)
 
 
-@pytest.mark.parametrize(
-    "name", ["deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_base_patch16_clip_224"]
-)
+BY_NAME = ("deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_base_patch16_clip_224")
+ROTARY = ("vit_small_patch16_dinov3_qkvb", "vit_small_plus_patch16_dinov3", "eva02_tiny_patch14_224")
+
+
+@pytest.mark.parametrize("name", BY_NAME + ROTARY)
 def test_timm_vit_by_name_equals_timm(name: str) -> None:
     """At its own size and stride every timm ViT is what timm computes, registers left out."""
-    source = timm.create_model(name, num_classes=0, depth=2, img_size=112).double().eval()
-    parts = timm.create_model(name, num_classes=0, depth=2)
-    model = from_timm(parts, image_size=(112, 112), stride=source.patch_embed.patch_size).double().eval()
-    model.load_state_dict(source.state_dict())
-    assert all(isinstance(block.attn, TimmAttention) for block in model.blocks)
-    images = torch.randn(2, 3, 112, 112, dtype=torch.float64)
-    expected, tokens = source.forward_features(images).detach(), model(images).detach()
+    options: dict[str, Any] = {"num_classes": 0, "depth": 2, "dynamic_img_size": False}
+    source = timm.create_model(name, img_size=(112, 56), **options).double().eval()
+    stride = source.patch_embed.patch_size
+    model = from_timm(timm.create_model(name, **options), image_size=(112, 56), stride=stride).double().eval()
+    state = {entry: value + torch.randn_like(value) / 10 for entry, value in source.state_dict().items()}
+    source.load_state_dict(state)
+    model.load_state_dict({entry.replace("fc_norm", "norm"): value for entry, value in state.items()})
+    assert all(isinstance(block.attn, TimmAttention) == (name in BY_NAME) for block in model.blocks)
+    images = torch.randn(2, 3, 112, 56, dtype=torch.float64)
+    expected, tokens = source.fc_norm(source.forward_features(images)).detach(), model(images).detach()
     assert_close("class token", tokens[:, 0], expected[:, 0], EXACT)
     assert_close("patches", tokens[:, 1:], expected[:, source.num_prefix_tokens :], EXACT)
+
+
+def test_rotary_positions_are_those_of_the_overlapping_grid() -> None:
+    model = build("vit_small_patch16_dinov3")
+    assert (model.grid, model.rope.get_embed().shape) == ((21, 10), (210, 2 * 64))
+    assert model(torch.empty(2, 3, 256, 128, device="meta")).shape == (2, 211, 384)
 
 
 def test_unknown_camera_gets_the_mean_embedding() -> None:
@@ -124,6 +136,7 @@ WRONG = {
     "swin_tiny_patch4_window7_224": "of timm",
     "vit_base_r50_s16_224": "patches from one convolution",
     "vit_base_patch16_siglip_224": "class token",
+    "vit_small_patch16_rope_mixed_224": "fixed rotary positions",
 }
 
 
@@ -142,20 +155,24 @@ def test_wrong_input_is_refused() -> None:
 
 
 def filled(model: ViT) -> list[Tensor]:
-    """The entries of a meta-built backbone after `to_empty` and `reset_parameters`."""
+    """The entries and buffers of a meta-built backbone after `to_empty` and `reset_parameters`."""
     model = model.to_empty(device="cpu")
-    for tensor in model.state_dict().values():
+    for tensor in (*model.state_dict().values(), *model.buffers()):
         tensor.fill_(float("nan"))
     model.reset_parameters()
-    return list(model.state_dict().values())
+    return [*model.state_dict().values(), *model.buffers()]
 
 
-@pytest.mark.parametrize(
-    "extras", [{}, {"reg_tokens": 4, "no_embed_class": True, "init_values": 1.0, "pre_norm": True}]
-)
+REGISTERS = {"reg_tokens": 4, "no_embed_class": True, "init_values": 1.0, "pre_norm": True}
+DINOV3 = {"kind": Eva, "num_reg_tokens": 4, "init_values": 1.0, "use_rot_pos_emb": True, "rope_type": "dinov3"}
+
+
+@pytest.mark.parametrize("extras", [{}, REGISTERS, DINOV3])
 def test_meta_built_weights_are_all_filled(extras: dict[str, Any]) -> None:
     with torch.device("meta"):
         model = tiny(sie={"num_cameras": 60}, **extras)
     assert all(torch.isfinite(tensor).all() for tensor in filled(model))
     for table in (model.pos_embed, model.sie_embed, model.blocks[0].attn.qkv.weight):
         assert table.std().item() == pytest.approx(0.02, rel=0.15)
+    fresh = dict(tiny(**extras).named_buffers())
+    assert all(torch.equal(value, fresh[name]) for name, value in model.named_buffers())

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
@@ -108,6 +109,21 @@ def test_vit_of_dinov2_with_registers(tmp_path: Path) -> None:
     assert (report.resized, report.skipped, report.missing) == (["pos_embed"], ["mask_token"], [])
     state["cls_token"] += theirs["pos_embed"][:, :1]
     assert_loaded(model, state, but=("pos_embed",))
+
+
+@pytest.mark.parametrize("authors", [False, True])
+def test_rotary_vit_of_dinov3(tmp_path: Path, authors: bool) -> None:
+    source = Eva(embed_dim=96, depth=1, num_heads=4, num_classes=0, num_reg_tokens=4, init_values=1.0,
+                 use_fc_norm=False, use_abs_pos_emb=False, use_rot_pos_emb=True, rope_type="dinov3")  # fmt: skip
+    theirs = random_state(source)
+    model = from_timm(source, image_size=(64, 32), stride=(12, 12), num_cameras=6)
+    state = {f"{n.replace('gamma_', 'ls')}.gamma" if authors and "gamma_" in n else n: t for n, t in theirs.items()}
+    if authors:
+        state |= {"storage_tokens": state.pop("reg_token"), "rope_embed.periods": torch.rand(6)}
+    torch.save(state, tmp_path / "dinov3.pth")
+    report = load_imagenet(model, tmp_path / "dinov3.pth")
+    assert (report.skipped, report.missing) == (["rope_embed.periods"] if authors else [], ["sie_embed"])
+    assert_loaded(model, theirs, but=("sie_embed",))
 
 
 def test_t2t_of_its_authors(tmp_path: Path) -> None:

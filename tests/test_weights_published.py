@@ -1,16 +1,21 @@
-"""Checkpoints of the published repository: the recorded names of every model, and what does not fit."""
+"""Finished models: the published names of every model, what does not fit, and fine-tuning from ours or theirs."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from engine import checkpoint
+from engine.config import Config
 from fusionreid.backbones.resnet import ResNet
+from fusionreid.backbones.t2t import T2TViT
 from fusionreid.config import ModelConfig
+from fusionreid.formats import read_state, resize_positions
 from fusionreid.model import FusionReID, build_model
-from fusionreid.weights import WeightsError, load_published, published_names
+from fusionreid.weights import LoadReport, WeightsError, load_finetune, load_pretrained, load_published, published_names
 from tests.numerics import FIXTURES
 from tests.test_weights import assert_loaded, random_state, vit
 
@@ -74,3 +79,64 @@ def test_differences_are_listed() -> None:
     assert rows == ["classifier.weight (16, 2048) (751, 2048)", "gap.p (1,) -", "surplus - (1,)"]
     with pytest.raises(WeightsError, match=f"and {len(state) - 20} more"):
         load_published(model, {})
+
+
+def test_a_file_of_the_published_code_is_read_as_it_is(tmp_path: Path) -> None:
+    """T2T-ViT's and CLIP's names are translated on reading, also where the published model has them."""
+    cnn, t2t = ResNet((1, 1, 1, 1)), T2TViT(96, 1, 4, image_size=(64, 32), num_cameras=6)
+    model = FusionReID(cnn, t2t, num_classes=4, width=96, layers=1, share="none")
+    names, state = published_names(model), random_state(model)
+    torch.save({names[name]: value for name, value in state.items()}, tmp_path / "t2t.pth")
+    load_published(model, read_state(tmp_path / "t2t.pth"))
+    assert_loaded(model, state)
+
+
+SMALL = {"RES_NAME": "resnet10t", "TRANSFORMER_TYPE": "vit_tiny_patch16_224", "MIX_DIM": 96, "HTM_LAYER": 1}
+CLASSIFIERS = [f"heads.{i}.classifier.weight" for i in range(6)]
+POSITIONS, CAMERAS = "transformer.pos_embed", "transformer.sie_embed"
+
+
+def assert_tuned(model: FusionReID, report: LoadReport, state: dict[str, Tensor], grid: tuple[int, int]) -> None:
+    """Everything is as in the file but what belongs to its persons and cameras; its positions had `grid`."""
+    assert (report.resized, sorted(report.dropped)) == ([POSITIONS], [*CLASSIFIERS, CAMERAS])
+    assert report.missing == report.skipped == []
+    assert {*report.loaded, *report.resized, *report.dropped} == state.keys()
+    for text in ("1 resized (transformer.pos_embed)", "7 dropped", "heads.*.classifier.weight", CAMERAS):
+        assert text in report.describe()
+    resized = resize_positions(state[POSITIONS], 1, grid, 1, model.transformer.grid)
+    assert_loaded(model, state | {POSITIONS: resized}, but=(*CLASSIFIERS, CAMERAS))
+
+
+def test_fine_tuning_from_a_checkpoint_of_ours(tmp_path: Path) -> None:
+    """Its 13 positions alone would be taken for a grid of 6 x 2; the configuration says 4 x 3."""
+    saved = Config(MODEL=ModelConfig(STRIDE_SIZE=(16, 16), **SMALL)).model_dump(mode="json")
+    saved["INPUT"]["SIZE_TRAIN"] = [64, 48]
+    source = build_model(ModelConfig(STRIDE_SIZE=(16, 16), **SMALL), (64, 48), num_classes=7, num_cameras=3)
+    state = random_state(source)
+    path = checkpoint.save(tmp_path, 5, {"model": state, "optimizer": {}}, {"config": saved, "classes": 7})
+    config = ModelConfig(PRETRAIN_CHOICE="checkpoint", PRETRAIN_PATH=str(path), **SMALL)
+    model = build_model(config, (96, 48), num_classes=5, num_cameras=6)
+    before = {name: model.state_dict()[name].clone() for name in (*CLASSIFIERS, CAMERAS)}
+    (report,) = load_pretrained(model, config)
+    assert_tuned(model, report, state, (4, 3))
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    (path / "state.json").write_text("{}")
+    with pytest.raises(WeightsError, match=r"state\.json: must hold the configuration"):
+        load_finetune(model, path)
+
+
+def test_fine_tuning_from_a_file_of_the_published_code(tmp_path: Path) -> None:
+    def build(size: tuple[int, int], stride: int, classes: int, cameras: int) -> FusionReID:
+        config = ModelConfig(STRIDE_SIZE=(stride, stride), HTM_SHARE="none", **SMALL)
+        return build_model(config, size, num_classes=classes, num_cameras=cameras)
+
+    source, model = build((256, 128), 12, 7, 6), build((128, 128), 16, 5, 15)
+    names, state = published_names(source), random_state(source)
+    torch.save({f"module.{names[name]}": value for name, value in state.items()}, tmp_path / "msmt.pth")
+    assert_tuned(model, load_finetune(model, tmp_path / "msmt.pth"), state, (21, 10))
+
+
+def test_fine_tuning_from_another_model_is_refused(tmp_path: Path) -> None:
+    torch.save(random_state(ResNet((1, 1, 1, 1))), tmp_path / "resnet.pth")
+    with pytest.raises(WeightsError, match=r"resnet\.pth: fits 0 of \d+ entries of the FusionReID"):
+        load_finetune(build("tiny_l1"), tmp_path / "resnet.pth")

@@ -1,0 +1,1 @@
+"""Benchmarks: one door, one suite per kind of work."""

@@ -1,0 +1,180 @@
+"""The door of the benchmarks: `python bench/run.py --suite attention|triplet|evaluation|loader|step|all`.
+
+Prints one table per suite. --record keeps the numbers beside the digest of the sources they belong to, --report shows
+all that were kept and which of them are stale.
+"""
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from hashlib import blake2b
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # a script's own folder must not hide modules, and its project need not be installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from bench.timing import Case, Measurement, Settings, Work, WrongResultError, measure
+
+SUITES = ("attention", "triplet", "evaluation", "loader", "step")
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench/results"
+SECONDS_PER_CASE = 8.0
+Row = dict[str, Any]
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "case": lambda row: row["case"],
+    "shape": lambda row: row["shape"],
+    "provider": lambda row: row["provider"],
+    "median ms": lambda row: _number(row["median_ms"]),
+    "20 % ms": lambda row: _number(row["fast_ms"]),
+    "80 % ms": lambda row: _number(row["slow_ms"]),
+    "GB/s": lambda row: _number(row["bytes"] and row["bytes"] / row["median_ms"] * 1e-6),
+    "GFLOP/s": lambda row: _number(row["operations"] and row["operations"] / row["median_ms"] * 1e-6),
+    "speed": lambda row: f"{row['speed']:.2f}x",
+    "peak GiB": lambda row: _number(row["peak_gib"]),
+}
+LEGEND = (
+    "speed: against the fastest alternative. GB/s and GFLOP/s: bytes and operations of an ideal implementation over "
+    "the measured time. Peak GiB: memory beyond the inputs; on a GPU only."
+)
+
+
+def main(argv: Sequence[str] | None = None, results: Path = RESULTS) -> int:
+    parser = argparse.ArgumentParser(description="Time our ops against every honest alternative, in one process.")
+    parser.add_argument("--suite", choices=(*SUITES, "all"))
+    parser.add_argument("--record", action="store_true", help="append the numbers to bench/results")
+    parser.add_argument("--report", action="store_true", help="show all recorded numbers as a markdown table")
+    parser.add_argument("--compile", action="store_true", help="also time torch.compile of the plain alternative")
+    parser.add_argument("--cpu", action="store_true", help="time the CPU paths although there is a GPU")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--full", dest="size", action="store_const", const="full", help="real sizes: for a GPU")
+    sizes.add_argument("--quick", dest="size", action="store_const", const="quick", help="tiny, to see that all works")
+    args = parser.parse_args(argv)
+    if not args.suite and not args.report:
+        parser.error("one of --suite and --report is needed")
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    settings = Settings(args.size or "default", device, args.compile)
+    for suite in SUITES if args.suite == "all" else filter(None, [args.suite]):
+        try:
+            rows = run_suite(suite, settings)
+        except WrongResultError as error:
+            print(f"{suite}: {error}", file=sys.stderr)
+            return 1
+        print(f"\n{suite} on {rows[0]['device']}, {rows[0]['threads']} threads\n{table(rows, COLUMNS)}", flush=True)
+        if args.record:
+            record(rows, results)
+    if args.suite:
+        print(f"\n{LEGEND}")
+    if args.report:
+        print(report(results))
+    return 0
+
+
+def run_suite(suite: str, settings: Settings) -> list[Row]:
+    module = import_module(f"bench.suite_{suite}")
+    cases: list[Case] = module.cases(settings)
+    stamp = {"suite": suite, "size": settings.size, **machine(settings.device), "digest": digest(suite)}
+    return [row for case in cases for row in _rows(stamp, case, *measure(case, settings, SECONDS_PER_CASE))]
+
+
+def _rows(stamp: Row, case: Case, work: Work, measured: Sequence[Measurement]) -> list[Row]:
+    best = min(m.median_ms for m in measured[1:])  # the first is ours
+    about = {"case": case.name, "shape": case.shape, "bytes": work.bytes_moved, "operations": work.operations}
+    return [{**stamp, **about, **vars(m), "speed": best / m.median_ms} for m in measured]
+
+
+def machine(device: torch.device) -> Row:
+    gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
+        "driver": _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else "",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "commit": _answer("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def digest(suite: str) -> str:
+    """Of the sources under test and of the suite, where their alternatives are written."""
+    patterns = (*import_module(f"bench.suite_{suite}").SOURCES, f"bench/suite_{suite}.py", "bench/timing.py")
+    content = blake2b(digest_size=8)
+    for pattern in patterns:
+        files = sorted(ROOT.glob(pattern))
+        if not files:
+            raise FileNotFoundError(f"suite {suite}: its sources {pattern} are no files under {ROOT}")
+        for file in files:
+            content.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes() + b"\0")
+    return content.hexdigest()
+
+
+def record(rows: Sequence[Row], results: Path) -> None:
+    folder = results / re.sub(r"[^a-z0-9]+", "-", rows[0]["device"].lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{rows[0]['suite']}.jsonl", "a", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def report(results: Path) -> str:
+    """All records, device by device; a record is stale once a source of its suite has changed."""
+    current = {suite: digest(suite) for suite in SUITES}
+    columns = COLUMNS | {
+        "torch": lambda row: row["torch"],
+        "commit": lambda row: row["commit"],
+        "date": lambda row: row["date"],
+        "state": lambda row: "current" if row["digest"] == current.get(row["suite"]) else "**stale**",
+    }
+    parts = []
+    for path in sorted(results.glob("*/*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        parts.append(f"## {path.stem} on {rows[0]['device']}\n\n{table(rows, columns)}")
+    return "\n\n".join([*parts, LEGEND]) if parts else f"nothing is recorded in {results}"
+
+
+def table(rows: Iterable[Row], columns: Mapping[str, Callable[[Row], str]]) -> str:
+    """Markdown, aligned to be read as it is."""
+    cells = [list(columns), *([column(row) for column in columns.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1].strip() if found else f"{platform.system()} {platform.machine()} CPU"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _answer(*command: str) -> str:
+    """The first line a program prints, empty if it cannot."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip().split("\n")[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

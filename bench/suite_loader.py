@@ -1,0 +1,138 @@
+"""Training images: augmentation of one batch, and a whole epoch from files, against Pillow and torchvision."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import functional as T
+
+from bench.timing import Case, Settings, Work
+from dataloading import read_split
+from dataloading.config import DataloaderConfig, DatasetsConfig, InputConfig, SyntheticConfig
+from dataloading.loader import TrainLoader
+from dataloading.plan import EpochPlan
+from dataloading.records import Record
+from dataloading.worker import fork_server
+from kernels import augment
+
+SOURCES = ("dataloading/loader.py", "dataloading/decode.py", "dataloading/worker.py", "kernels/augmentation.py",
+           "kernels/philox.py")  # fmt: skip
+# persons, images of each and camera (two cameras), batch size, height and width of the input, numbers of workers
+SIZES: dict[str, tuple[int, int, int, tuple[int, int], tuple[int, ...]]] = {
+    "quick": (4, 2, 8, (32, 16), (0,)),
+    "default": (16, 8, 64, (256, 128), (0, 2)),
+    "full": (64, 16, 128, (256, 128), (0, 14)),
+}
+INSTANCES, SEED, EPOCH, PADDING = 4, 1111, 1, 10
+MEAN = STD = (0.5, 0.5, 0.5)
+GREY_LEVELS = 4 / 255 / STD[0]  # what two decoders and two bicubic filters may differ by, of the largest value
+
+
+def cases(settings: Settings) -> list[Case]:
+    persons, images, batch, size, workers = SIZES[settings.size]
+    count = persons * 2 * images // batch
+    shape = f"B {batch}, {size[0]} x {size[1]}, float32"
+    epochs = [
+        Case(f"an epoch from files, {n} workers", f"{count} x {shape}", partial(epoch, settings, n)) for n in workers
+    ]
+    return [Case("augmentation of a batch", shape, partial(augmentation, settings)), *epochs]
+
+
+@contextmanager
+def augmentation(settings: Settings) -> Iterator[Work]:
+    with _train_loader(settings, 0) as (train, _):
+        plan, count = train.plan(EPOCH), train.batch_size
+        height, width = SIZES[settings.size][3]
+        pixels = torch.randint(256, (count, height, width, 3), dtype=torch.uint8, device=settings.device)
+        names = ("flip", "shift", "erase")
+        parameters = [torch.from_numpy(getattr(plan, name)[:count]).to(settings.device) for name in names]
+        parameters.append(torch.arange(count, device=settings.device))
+
+        def ours() -> list[Tensor]:
+            return [augment(pixels, *parameters, seed=SEED, epoch=EPOCH, mean=MEAN, std=STD)]
+
+        def by_image() -> list[Tensor]:
+            images = pixels.permute(0, 3, 1, 2)
+            return [torch.stack([transformed(image, plan, i) for i, image in enumerate(images)])]
+
+        providers = {"ours": ours, "torchvision, image by image": by_image}
+        moved = pixels.numel() * (1 + 4)  # uint8 in, float32 out
+        yield Work(providers, 1e-5, moved, compared=lambda batches: visible(batches, plan))
+
+
+@contextmanager
+def epoch(settings: Settings, workers: int) -> Iterator[Work]:
+    with _train_loader(settings, workers) as (train, records):
+        plan, size = train.plan(EPOCH), SIZES[settings.size][3]
+        batches = np.arange(len(plan.image)).reshape(-1, train.batch_size).tolist()
+        usual = DataLoader(
+            PillowDataset(records, plan, size),
+            batch_sampler=batches,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=settings.device.type == "cuda",
+            multiprocessing_context=fork_server() if workers else None,
+        )
+        providers: dict[str, Callable[[], list[Tensor]]] = {
+            "ours": lambda: [batch.images for batch in train.batches(EPOCH)],
+            "Pillow and torchvision": lambda: [images.to(settings.device, non_blocking=True) for images in usual],
+        }
+        try:
+            yield Work(providers, GREY_LEVELS, compared=lambda images: visible(images, plan))
+        finally:
+            if workers and usual._iterator is not None:
+                usual._iterator._shutdown_workers()
+
+
+class PillowDataset(Dataset[Tensor]):
+    """The usual transforms, image by image in the workers, with the plan's parameters in place of fresh draws."""
+
+    def __init__(self, records: Sequence[Record], plan: EpochPlan, size: tuple[int, int]) -> None:
+        self.records, self.plan, self.size = records, plan, size
+
+    def __getitem__(self, position: int) -> Tensor:
+        with Image.open(self.records[self.plan.image[position]].path) as file:
+            image = file.convert("RGB")
+        return transformed(T.resize(image, list(self.size), T.InterpolationMode.BICUBIC), self.plan, position)
+
+
+def transformed(image: Image.Image | Tensor, plan: EpochPlan, position: int) -> Tensor:
+    """Flip, pad, crop, to float, normalise, erase."""
+    height, width = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[1:]
+    if plan.flip[position]:
+        image = T.hflip(image)
+    top, left = (PADDING + int(shift) for shift in plan.shift[position])
+    image = T.crop(T.pad(image, [PADDING]), top, left, height, width)
+    pixels = T.to_tensor(image) if isinstance(image, Image.Image) else image.float() / 255
+    pixels = T.normalize(pixels, list(MEAN), list(STD))
+    top, left, rows, cols = (int(value) for value in plan.erase[position])
+    if rows:
+        pixels[:, top : top + rows, left : left + cols] = torch.randn(3, rows, cols, device=pixels.device)
+    return pixels
+
+
+def visible(batches: Sequence[Tensor], plan: EpochPlan) -> list[Tensor]:
+    """The images with the erased rectangles blank: their noise is another one in every implementation."""
+    images = torch.cat(list(batches)).clone()
+    for image, (top, left, rows, cols) in zip(images, plan.erase.tolist()):
+        image[:, top : top + rows, left : left + cols] = 0
+    return [images]
+
+
+@contextmanager
+def _train_loader(settings: Settings, workers: int) -> Iterator[tuple[TrainLoader, Sequence[Record]]]:
+    persons, images, batch, size, _ = SIZES[settings.size]
+    with TemporaryDirectory() as root:
+        rendered = SyntheticConfig(PERSONS=persons, TEST_PERSONS=1, CAMERAS=2, IMAGES=images)
+        split = read_split(DatasetsConfig(NAMES="synthetic", ROOT_DIR=root, SYNTHETIC=rendered))
+        given = InputConfig(SIZE_TRAIN=size, PADDING=PADDING, PIXEL_MEAN=MEAN, PIXEL_STD=STD)
+        loading = DataloaderConfig(NUM_WORKERS=workers, NUM_INSTANCE=INSTANCES)
+        loader = TrainLoader(split, given, loading, batch_size=batch, seed=SEED, device=settings.device)
+        with closing(loader):
+            yield loader, split.train

@@ -1,0 +1,142 @@
+"""What a case is, and how its providers are measured: checked against each other first, then in interleaved rounds.
+
+On a GPU every call is timed alone, from an idle device with a cold L2, between two CUDA events; on a CPU by the clock,
+with whatever the other providers have left in the caches.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # largest error relative to the largest value
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 200
+FLUSH_BYTES = 2**30  # far above any L2; writing it takes long enough for the host to enqueue a whole call
+
+
+class WrongResultError(ValueError):
+    """A provider's result is not that of the others: its time means nothing."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    size: str  # quick, default or full
+    device: torch.device
+    compile: bool = False  # also time a compiled version of the plain alternative
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations: what training uses on the device."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+
+@dataclass(frozen=True)
+class Work:
+    """Providers by name, ours first; each call does the whole work on inputs prepared before."""
+
+    providers: Mapping[str, Callable[[], Any]]
+    tolerance: float
+    bytes_moved: float | None = None  # by an ideal implementation: every input read once, every output written once
+    operations: float | None = None  # likewise, without recomputation
+    compared: Callable[[Any], Sequence[Tensor]] = field(default=tuple)  # of what a call returns
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    shape: str  # sizes and dtype
+    setup: Callable[[], AbstractContextManager[Work]]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    provider: str
+    rounds: int
+    median_ms: float
+    fast_ms: float  # 20 % quantile
+    slow_ms: float  # 80 % quantile
+    peak_gib: float | None  # above what was allocated before the call; on a GPU only
+
+
+def measure(case: Case, settings: Settings, seconds: float) -> tuple[Work, list[Measurement]]:
+    """Measure all providers of a case for about so many seconds together, after their results have been compared."""
+    torch.manual_seed(1111)
+    with case.setup() as work:
+        check(case.name, work)
+        clock = _gpu_clock() if settings.device.type == "cuda" else _cpu_clock
+        peaks = {name: _peak_gib(call, settings.device) for name, call in work.providers.items()}
+        times: dict[str, list[float]] = {name: [clock(call)] for name, call in work.providers.items()}
+        rounds = round(seconds / (1e-3 * sum(first for (first,) in times.values())))
+        rounds = 2 if settings.size == "quick" else min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS)
+        names = list(work.providers)
+        for _ in range(rounds - 1):
+            names.append(names.pop(0))  # nobody always follows the same one
+            for name in names:
+                times[name].append(clock(work.providers[name]))
+    return work, [_measurement(name, times[name], peaks[name]) for name in work.providers]
+
+
+def check(case: str, work: Work) -> None:
+    """Every provider's result against the first one's: same shapes, all finite, equal within the tolerance."""
+    (first, expected), *others = ((name, _result(work, name)) for name in work.providers)
+    for i, value in enumerate(expected):
+        if not value.isfinite().all():
+            raise WrongResultError(f"{case}: result {i} of {first} is not finite")
+    for name, result in others:
+        if [t.shape for t in result] != [t.shape for t in expected]:
+            shapes = [[tuple(t.shape) for t in tensors] for tensors in (expected, result)]
+            raise WrongResultError(f"{case}: {first} gives {shapes[0]}, {name} gives {shapes[1]}")
+        for i, (got, value) in enumerate(zip(result, expected)):
+            error = ((got - value).abs().max() / value.abs().max().clamp_min(1e-30)).item()
+            if not error <= work.tolerance:
+                raise WrongResultError(
+                    f"{case}: result {i} of {name} differs from that of {first} by {error:.1e} of the largest value, "
+                    f"{work.tolerance:.0e} is allowed: one of them is wrong, so neither is timed"
+                )
+
+
+def _result(work: Work, name: str) -> list[Tensor]:
+    return [t.detach().double() for t in work.compared(work.providers[name]())]
+
+
+def _measurement(name: str, times: list[float], peak_gib: float | None) -> Measurement:
+    fast, *_, slow = quantiles(times, n=5, method="inclusive")
+    return Measurement(name, len(times), median(times), fast, slow, peak_gib)
+
+
+def _cpu_clock(call: Callable[[], object]) -> float:
+    start = perf_counter()
+    call()
+    return 1e3 * (perf_counter() - start)
+
+
+def _gpu_clock() -> Callable[[Callable[[], object]], float]:
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def clock(call: Callable[[], object]) -> float:
+        torch.cuda.synchronize()
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return clock
+
+
+def _peak_gib(call: Callable[[], object], device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None  # the resident set hardly shows what a CPU allocator reuses
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30

@@ -1,32 +1,34 @@
 """Decoding workers: forked from a server that has loaded torch and torchvision once, for all of them.
 
-Ctrl-C and a scheduler's stop reach the whole process group. The server and its workers ignore both, so that the main
-process can finish its step; it ends them, or they end when it dies.
+Ctrl-C and a scheduler's stop reach the whole process group. The server and its workers are deaf to both, so that the
+main process can finish its step; it ends them, or they end when it dies.
 """
 
 import multiprocessing
 import os
 import signal
-import sys
 import threading
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
+
+import dataloading.decode  # noqa: F401  takes seconds, once
 
 
 def fork_server() -> BaseContext:
     """Not a fork of the main process, half-alive with its CUDA and threads; nor 5 s of imports for each worker."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dataloading.worker"])
+    resource_tracker.ensure_running()  # first: starting it lifts the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        forkserver.ensure_running()  # inherits the block, and passes it on: no instant in which a signal gets through
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
 def initialize(_worker: int) -> None:
-    _ignore_signals()  # again: torch has just set its own handlers
     threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _ignore_signals() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _end_with_parent() -> None:
@@ -35,9 +37,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-if any("multiprocessing.forkserver" in word for word in sys.orig_argv):  # we are the server
-    _ignore_signals()
-
-import dataloading.decode  # noqa: E402, F401  takes seconds, so the signals come first

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -135,16 +135,24 @@ def latest(root: Path) -> Path | None:
     return None
 
 
-def mark_best(root: Path, step: int) -> None:
+class Best(NamedTuple):
+    """The checkpoint to keep whatever comes, and how good it is."""
+
+    path: Path
+    score: float
+
+
+def mark_best(root: Path, step: int, score: float) -> None:
     """`purge` spares this step from now on, and no longer the one marked before."""
     with _storing(root / BEST):
-        write_json(root / BEST, {"step": step})
+        write_json(root / BEST, {"step": step, "score": score})
 
 
-def best(root: Path) -> Path | None:
-    """The checkpoint that was marked as best, if one was."""
+def best(root: Path) -> Best | None:
+    """The checkpoint that was marked as best, if one was; it may be damaged."""
     try:
-        return root / f"step-{json.loads((root / BEST).read_bytes())['step']:08d}"
+        mark = json.loads((root / BEST).read_bytes())
+        return Best(root / f"step-{mark['step']:08d}", float(mark["score"]))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:
@@ -156,7 +164,7 @@ def purge(root: Path, keep: int = 2) -> None:
     spared = best(root)
     with _storing(root):
         for path in checkpoints(root)[:-keep]:
-            if path != spared:
+            if spared is None or path != spared.path:
                 _discard(path)
 
 
@@ -177,7 +185,10 @@ def compare(what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> No
         widths = [max(len(row[column]) for row in shown) for column in range(3)]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in shown]
         table += [f"and {len(rows) - len(shown)} more"] if len(rows) > len(shown) else []
-        raise CheckpointError(f"{what} of the checkpoint does not fit this run:\n  " + "\n  ".join(table))
+        raise CheckpointError(
+            f"{what} of the checkpoint does not fit this run:\n  " + "\n  ".join(table) + "\n"
+            "use the configuration of the checkpoint, or another OUTPUT_DIR"
+        )
 
 
 def _text(entries: Mapping[str, Any], key: str) -> str:

@@ -95,10 +95,20 @@ class Output:
         return getattr(self.stream, name)
 
 
-def lock(output_dir: Path) -> TextIO:
-    """Take the output folder until the returned file is closed or this process ends, however it ends."""
+def make_output_folder(output_dir: Path) -> None:
+    """The folder is there afterwards and can be written."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(output_dir, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise OutputFolderError(f"OUTPUT_DIR {output_dir} cannot be written: {error}; set another one") from error
+
+
+def lock(output_dir: Path) -> TextIO:
+    """Take the output folder until the returned file is closed or this process ends, however it ends."""
+    make_output_folder(output_dir)
+    try:
         file = open(output_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  open as long as the run
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,7 +141,15 @@ def run(
     output = Output(sys.stdout) if sys.stdout else None
     options = _arguments(work, argv, flags or {})
     output_dir: Path | None = None
-    previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+    def end_at_once(number: int, _frame: FrameType | None) -> None:
+        """Until the loop takes over; an exception out of the middle of an import would tear torch apart."""
+        with suppress(OSError):
+            os.write(2, f"{REASONS[128 + number]}\n".encode())
+        _leave_word(output_dir, 128 + number, REASONS[128 + number], work)
+        os._exit(128 + number)
+
+    previous = {number: signal.signal(number, end_at_once) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with redirect_stdout(output):
             cfg = load_config(options.pop("config_file"), options.pop("overrides"))
@@ -153,12 +171,17 @@ def run(
             who = f"[rank {RANK}] " if RANK else ""
             print(f"{who}{reason}" if code in REASONS else f"{who}error: {reason}", file=sys.stderr, flush=True)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for signal_number, handler in previous.items():
+            signal.signal(signal_number, handler)
         _flush()
+    _leave_word(output_dir, code, reason, work)
+    return code
+
+
+def _leave_word(output_dir: Path | None, code: int, reason: str, work: Callable[..., int | None]) -> None:
     if output_dir and (RANK == 0 or code):
         with suppress(OSError), open(output_dir / EXIT, "x", encoding="utf-8") as file:  # the first reason stays
             json.dump({"code": code, "reason": reason, "command": work.__name__, "rank": RANK}, file, indent=2)
-    return code
 
 
 def _arguments(work: Callable[..., int | None], argv: Sequence[str] | None, flags: Mapping[str, str]) -> dict[str, Any]:

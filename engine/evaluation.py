@@ -12,18 +12,16 @@ from torch import Tensor, nn
 from dataloading import read_split
 from dataloading.loader import TestLoader
 from dataloading.records import DataError, Record, Split, check_images
-from engine import checkpoint, parallel
+from engine import parallel
 from engine.baselines import colour_histogram
-from engine.checkpoint import CheckpointError
 from engine.config import Config
+from engine.door import make_output_folder
 from engine.metrics import write_json
 from engine.parallel import Ranks
 from engine.report import System, rank_lists, write_html
 from engine.rerank import rerank_blocks
-from engine.retrieval import Ranking, rank, rank_blocks, top_k
-from fusionreid import FusionReID, build_model
-from fusionreid.formats import read_state
-from fusionreid.weights import load_published
+from engine.restore import build, find_checkpoint, restore
+from engine.retrieval import Ranking, check_matches, rank, rank_blocks, top_k
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +47,8 @@ class Evaluation:
 def check_cameras(split: Split, cameras: Sequence[int], cfg: Config) -> None:
     """A camera not in `cameras`, which training saw, has no embedding: an error unless TEST.SIE_UNKNOWN is mean."""
     unseen = sorted({record.camera for record in (*split.query, *split.gallery)} - set(cameras))
-    if cfg.MODEL.SIE_CAMERA and cfg.MODEL.TRANS_USE and unseen and cfg.TEST.SIE_UNKNOWN == "error":
+    embedded = cfg.MODEL.SIE_CAMERA and cfg.MODEL.TRANS_USE and max(cameras) > 0  # one camera needs no embedding
+    if embedded and unseen and cfg.TEST.SIE_UNKNOWN == "error":
         raise DataError(
             f"{split.name}: query or gallery has images of cameras {[c + 1 for c in unseen]}, training had only "
             f"{[c + 1 for c in cameras]} (counted from 1), so the model has no embedding for them; set "
@@ -120,55 +119,20 @@ def split_ids(split: Split) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (*persons, *cameras)
 
 
-def build(cfg: Config, num_classes: int, num_cameras: int) -> FusionReID:
-    """The model that the configuration describes, before any trained weights."""
-    return build_model(cfg.MODEL, image_size=cfg.INPUT.SIZE_TRAIN, num_classes=num_classes, num_cameras=num_cameras)
-
-
-def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Fill a model, sharded or not, with whole CPU tensors; an entry too few, too many or misshaped raises."""
-    own = model.state_dict()
-    checkpoint.compare("the model", own, tensors)
-    for name, tensor in own.items():
-        parallel.local_shard(tensor).copy_(parallel.shard_like(tensors[name], tensor))
-
-
-def find_checkpoint(cfg: Config) -> Path:
-    """TEST.WEIGHT, or the best or newest checkpoint of the run in OUTPUT_DIR."""
-    if cfg.TEST.WEIGHT:
-        return Path(cfg.TEST.WEIGHT)
-    folder = Path(cfg.OUTPUT_DIR) / "checkpoints"
-    path = checkpoint.best(folder) or checkpoint.latest(folder)
-    if path is None:
-        raise CheckpointError(f"no checkpoint in {folder}: train first, or name one with TEST.WEIGHT")
-    return path
-
-
-def restore(cfg: Config) -> tuple[FusionReID, tuple[int, ...]]:
-    """The trained model and the cameras it has seen, from a checkpoint folder or a file of the published code."""
-    path = find_checkpoint(cfg)
-    if path.is_dir():
-        tensors, state = checkpoint.load(path)
-        model = build(cfg, state["classes"], max(state["cameras"]) + 1)
-        load_model(model, tensors["model"])
-        return model, tuple(state["cameras"])
-    published = read_state(path)
-    (classes, *_) = (len(t) for name, t in published.items() if name.endswith("classifier.weight"))
-    cameras = max((len(t) for name, t in published.items() if name.endswith("sie_embed")), default=1)
-    model = build(cfg, classes, cameras)
-    load_published(model, published)
-    return model, tuple(range(cameras))
-
-
 def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
     """Evaluate a trained model on the data set of the configuration: table, metrics.json and report in OUTPUT_DIR."""
+    make_output_folder(Path(cfg.OUTPUT_DIR))
     ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
     split = ranks.first(lambda: read_split(cfg.DATASETS))
+    check_matches(*split_ids(split))
     check_images((*split.query, *split.gallery))
-    model, cameras = restore(cfg)
+    path = find_checkpoint(cfg)
+    model, cameras = restore(path, cfg)
     check_cameras(split, cameras, cfg)
     trained = evaluate(parallel.shard(model.to(ranks.device), ranks), split, cameras, cfg, ranks)
-    rankings = {"FusionReID": trained.ranking}
+    rankings = {"FusionReID": rank_split(trained.query, trained.gallery, split, ranks)}
+    if cfg.TEST.RE_RANKING:
+        rankings["re-ranked"] = trained.ranking
     if baselines:
         torch.manual_seed(cfg.SOLVER.SEED)
         untrained = build(cfg, split.num_persons, max(cameras) + 1).to(ranks.device)
@@ -176,28 +140,30 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
         query, gallery = (torch.from_numpy(colour_histogram(records)) for records in (split.query, split.gallery))
         rankings["colour histogram"] = rank_split(query, gallery, split, ranks)
     if ranks.main:
-        show(cfg, split, trained, rankings)
+        show(cfg, split, path, trained, rankings)
 
 
-def show(cfg: Config, split: Split, trained: Evaluation, rankings: Mapping[str, Ranking]) -> None:
-    """Print the table and write metrics.json, ranks.png and report.html."""
+def show(cfg: Config, split: Split, path: Path, trained: Evaluation, rankings: Mapping[str, Ranking]) -> None:
+    """Print the table and write metrics.json, ranks.png and report.html; the rank lists are those before re-ranking."""
     output = Path(cfg.OUTPUT_DIR)
-    output.mkdir(parents=True, exist_ok=True)
     systems = [System(name, r.mAP, r.mINP, r.cmc.numpy(), r.num_valid) for name, r in rankings.items()]
     print(f"{'%':18}{'mAP':>8}{'mINP':>8}{'Rank-1':>8}{'Rank-5':>8}{'Rank-10':>8}{'queries':>9}")
     for s in systems:
         measures = (s.mAP, s.mINP, *s.cmc[[0, 4, 9]])
         print(f"{s.name:18}" + "".join(f"{100 * value:8.1f}" for value in measures) + f"{s.valid_queries:9}")
-    numbers = {s.name: {"mAP": s.mAP, "mINP": s.mINP, "cmc": s.cmc.tolist(), "valid_queries": s.valid_queries,
-                        "unmatched_queries": rankings[s.name].num_unmatched} for s in systems}  # fmt: skip
-    write_json(output / "metrics.json", {"data": split.name, "note": split.note, "results": numbers})
+    results = {
+        s.name: {"mAP": s.mAP, "mINP": s.mINP, "cmc": s.cmc.tolist(), "valid_queries": s.valid_queries,
+                 "unmatched_queries": rankings[s.name].num_unmatched} for s in systems
+    }  # fmt: skip
+    source = {"data": split.name, "note": split.note, "checkpoint": str(path), "TEST": cfg.TEST.model_dump(mode="json")}
+    write_json(output / "metrics.json", {**source, "results": results})
     distances, neighbours = top_k(trained.query, trained.gallery, *split_ids(split), k=10, metric="euclidean")
+    plain = rankings["FusionReID"]
     precision = torch.full((len(split.query),), torch.nan, dtype=torch.float64)
-    precision[trained.ranking.num_matches > 0] = trained.ranking.average_precisions
-    similarity = 1 - distances / 2 if cfg.TEST.FEAT_NORM else -distances  # the cosine of features of unit length
-    picture = rank_lists(split.query, split.gallery, neighbours.numpy(), similarity.numpy(), precision.numpy())
+    precision[plain.num_matches > 0] = plain.average_precisions
+    shown = 1 - distances / 2 if cfg.TEST.FEAT_NORM else distances.sqrt()  # the cosine at unit length, else a distance
+    picture = rank_lists(split.query, split.gallery, neighbours.numpy(), shown.numpy(), precision.numpy())
     picture.save(output / "ranks.png")
-    write_html(
-        output / "report.html", title="FusionReID", systems=systems, split=split, config=cfg.dump(), picture=picture
-    )
+    page = {"title": "FusionReID", "systems": systems, "split": split, "config": cfg.dump(), "picture": picture}
+    write_html(output / "report.html", **page)
     print(f"rank lists and CMC curves: {output / 'report.html'}")

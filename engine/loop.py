@@ -17,9 +17,11 @@ from engine import checkpoint, parallel
 from engine.checkpoint import StorageError
 from engine.config import Config
 from engine.door import Stop, lock
-from engine.evaluation import Evaluation, NonFiniteError, build, check_cameras, evaluate, load_model
+from engine.evaluation import Evaluation, NonFiniteError, check_cameras, evaluate, split_ids
 from engine.metrics import Metrics, write_json
 from engine.optim import Optimizer
+from engine.restore import build, load_model
+from engine.retrieval import check_matches
 from fusionreid.losses import CenterLoss, head_names, reid_loss
 from fusionreid.weights import load_pretrained
 
@@ -42,6 +44,7 @@ class Run:
         self.split = ranks.first(lambda: read_split(cfg.DATASETS))
         check_batch(self.split, cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE, ranks.world_size)
         check_cameras(self.split, self.split.cameras, cfg)
+        check_matches(*split_ids(self.split))
         self.say(self.split.describe())
         if ranks.main:
             check_images((*self.split.train, *self.split.query, *self.split.gallery))
@@ -60,8 +63,8 @@ class Run:
             self.center_loss.to(ranks.device)
         self.loss_options = loss_options(cfg, self.center_loss)
         self.heads = head_names(cfg.MODEL.RES_USE, cfg.MODEL.TRANS_USE)
-        self.epoch, self.step_in_epoch, self.step, self.best = 1, 0, 0, -1.0
-        self.is_best, self.failed_saves, self.last_save = False, 0, time.monotonic()
+        self.epoch, self.step_in_epoch, self.step = 1, 0, 0
+        self.failed_saves, self.last_save = 0, time.monotonic()
         self.sums = torch.zeros(2 * len(self.heads) + 2, device=ranks.device)  # since the last log
         self.summed = 0  # steps in `sums`
         self.bad_step = torch.full((), -1, device=ranks.device)  # of this epoch, the first with a non-finite loss
@@ -91,10 +94,9 @@ class Run:
         save_is_due = evaluation_is_due or self.epoch % solver.CHECKPOINT_PERIOD == 0 or self.much_is_unsaved()
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         with self.metrics.paused():
-            result = self.evaluate() if evaluation_is_due else None
-            if save_is_due:
+            if save_is_due:  # before the evaluation, which may fail
                 self.save()
-        return result
+            return self.evaluate() if evaluation_is_due else None
 
     def train_epoch(self) -> None:
         self.model.train()
@@ -182,10 +184,15 @@ class Run:
         self.summed = 0
 
     def evaluate(self) -> Evaluation:
+        """Evaluate the weights just saved; the best checkpoint is kept whatever comes."""
         parallel.equalise_statistics(self.model)
         result = evaluate(self.model, self.split, self.split.cameras, self.cfg, self.ranks)
         self.metrics.event(f"epoch {self.epoch - 1}: {result.ranking.summary()}")
-        self.is_best, self.best = result.ranking.mAP > self.best, max(self.best, result.ranking.mAP)
+        if self.ranks.main:
+            folder, score = self.output / "checkpoints", result.ranking.mAP
+            best = checkpoint.best(folder)
+            if best is None or score > best.score:
+                checkpoint.mark_best(folder, self.step, score)
         return result
 
     def much_is_unsaved(self) -> bool:
@@ -212,16 +219,14 @@ class Run:
     def write(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         folder = self.output / "checkpoints"
         state = {
-            "epoch": self.epoch, "step_in_epoch": self.step_in_epoch, "best_mAP": self.best,
+            "epoch": self.epoch, "step_in_epoch": self.step_in_epoch,
             "classes": self.split.num_persons, "cameras": self.split.cameras,
             "config": self.cfg.model_dump(mode="json"),
         }  # fmt: skip
         try:
             path = checkpoint.save(folder, self.step, tensors, state)
-            if self.is_best:
-                checkpoint.mark_best(folder, self.step)
             checkpoint.purge(folder)
-            self.failed_saves, self.is_best = 0, False
+            self.failed_saves = 0
             self.metrics.event(f"step {self.step}: saved {path}")
         except StorageError as error:
             self.failed_saves += 1
@@ -246,7 +251,6 @@ class Run:
         if self.center_loss is not None:
             self.center_loss.load_state_dict(tensors["centers"])
         self.epoch, self.step_in_epoch, self.step = state["epoch"], state["step_in_epoch"], state["step"]
-        self.best = state["best_mAP"]
         self.say(f"resumed from {path}: epoch {self.epoch}, step {self.step_in_epoch}")
 
     def say(self, text: str) -> None:

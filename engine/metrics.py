@@ -141,9 +141,10 @@ class Metrics:
             with self._forgiving("progress bar"):
                 self._bar.set_postfix({k: v for k, v in texts.items() if k != "images_per_s"})
             return
-        left = (self._total_steps - step) * elapsed / max(step - self._start_step, 1)
-        self.event(f"step {step}/{self._total_steps}  " + "  ".join(f"{name} {text}" for name, text in texts.items())
-                   + f"  left {timedelta(seconds=round(max(left, 0.0)))}")  # fmt: skip
+        total = max(step, self._total_steps)
+        left = timedelta(seconds=round((total - step) * elapsed / max(step - self._start_step, 1)))
+        shown = "  ".join(f"{name} {text}" for name, text in texts.items())
+        self.event(f"step {step}/{total}  {shown}  left {left}")
 
     @contextmanager
     def _forgiving(self, what: str) -> Iterator[None]:

@@ -65,6 +65,9 @@ class Optimizer:
         self.torch = _make(
             [{"params": shards, "lr": rate, "base": rate, "weight_decay": decay}
              for (rate, decay), shards in groups.items()], solver)  # fmt: skip
+        if solver.OPTIMIZER_NAME == "SGD" and solver.MOMENTUM > 0:
+            for shard in self.shards.values():  # torch leaves it uninitialised if the first step is skipped
+                self.torch.state[shard]["momentum_buffer"] = torch.zeros_like(shard)
         self.scaler = LossScaler(device.type, enabled=solver.PRECISION == "fp16")
         self.skipped = torch.zeros((), device=device)  # steps skipped in a row
 

@@ -105,7 +105,7 @@ def rank(
     """Rank features (G, D) for features (Q, D); share (i, n): only the i-th of n shares of the queries, see `merge`."""
     ids = _ids(len(query), len(gallery), query_persons, gallery_persons, query_cameras, gallery_cameras,
                device=query.device)  # fmt: skip
-    _check_matches(*ids)
+    check_matches(*ids)
     index, num_shares = share
     part = slice(len(query) * index // num_shares, len(query) * (index + 1) // num_shares)
     if part.start == part.stop:
@@ -127,7 +127,7 @@ def rank_blocks(
 ) -> Ranking:
     """The same from given distances, such as `rerank.rerank_blocks`: consecutive rows (b, G), not kept."""
     ids = _ids(len(query_persons), len(gallery_persons), query_persons, gallery_persons, query_cameras, gallery_cameras)
-    _check_matches(*ids)
+    check_matches(*ids)
     parts, start = [], 0
     for block in blocks:
         rows = slice(start, start + len(block))
@@ -183,9 +183,10 @@ def _ids(num_query: int, num_gallery: int, *given: Ids, device: torch.device | s
     return ids
 
 
-def _check_matches(
+def check_matches(
     query_persons: Tensor, gallery_persons: Tensor, query_cameras: Tensor, gallery_cameras: Tensor
 ) -> None:
+    """RetrievalError, which explains the rule of cameras, if no query has a match."""
     same_person = _num_equal(query_persons, gallery_persons)
     junk = _num_junk(query_persons, gallery_persons, query_cameras, gallery_cameras)
     if (same_person > junk).any():

@@ -34,7 +34,7 @@ class ModelConfig(Section):
     RES_NAME: str = ""  # resnet50_ibn_a, resnet101_ibn_a or any timm CNN, in place of RES_MODE
     TRANSFORMER_TYPE: Text = "vit_base_patch16_224"  # a published name or any timm ViT or Eva
     STRIDE_SIZE: tuple[PositiveInt, PositiveInt] = (12, 12)  # height, width in pixels between two patches
-    HTM_LAYER: PositiveInt = 2  # number of HTM layers
+    HTM_LAYER: Annotated[int, Field(ge=1, le=48)] = 2  # number of HTM layers
     MIX_DIM: Annotated[int, Field(gt=0, multiple_of=12)] = 768  # width of the HTMs, which have 12 heads
     HTM_SHARE: Literal["encoder", "none", "fusion", "all"] = "encoder"  # weights common to both streams; paper: encoder
     HTM_MODE: Literal[0, 1, 2, 3] = 0  # 0: encode, then fuse; 1: encode; 2: fuse; 3: fuse, then encode

@@ -88,7 +88,7 @@ def test_row_3_and_4_a_kill_at_any_call_leaves_the_newest_whole_one(
             for place, name in places:
                 patch.setattr(place, name, dying(getattr(place, name)))
             try:
-                save(root, step), checkpoint.mark_best(root, step), checkpoint.purge(root, keep=2)
+                save(root, step), checkpoint.mark_best(root, step, 0.5), checkpoint.purge(root, keep=2)
                 done = True
             except Killed:
                 kills += 1
@@ -162,12 +162,12 @@ def test_last_two_and_best_are_kept_by_step_not_by_clock(tmp_path: Path) -> None
         path = save(tmp_path, step)
         os.utime(path, (10**9 - step, 10**9 - step))
         if step == 20:
-            checkpoint.mark_best(tmp_path, step)
+            checkpoint.mark_best(tmp_path, step, 0.5)
         checkpoint.purge(tmp_path)
     (tmp_path / "step-notes").mkdir()
     assert [int(p.name[5:]) for p in checkpoint.checkpoints(tmp_path)] == [20, 3_000_000, 200_000_000]
     assert_is(checkpoint.latest(tmp_path), 200_000_000)
-    assert_is(checkpoint.best(tmp_path), 20)
-    checkpoint.mark_best(tmp_path, 3_000_000)
+    assert_is(checkpoint.best(tmp_path).path, 20)
+    checkpoint.mark_best(tmp_path, 3_000_000, 0.5)
     checkpoint.purge(tmp_path, keep=1)
     assert [int(p.name[5:]) for p in checkpoint.checkpoints(tmp_path)] == [3_000_000, 200_000_000]

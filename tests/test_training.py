@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from engine import checkpoint
 from engine.evaluate import main as evaluate
@@ -62,8 +63,10 @@ def test_a_broken_run_ends_in_the_same_bits(root: Path, unbroken: Path, tmp_path
     code, text = finish(command(*arguments(root, tmp_path)))
     assert code == 0, text
     assert "resumed from" in text
-    (ours, state), (theirs, expected) = last(tmp_path), last(unbroken)
-    assert state["best_mAP"] == expected["best_mAP"]
+    ours, theirs = last(tmp_path)[0], last(unbroken)[0]
+    best, expected = (checkpoint.best(output / "checkpoints") for output in (tmp_path, unbroken))
+    assert best is not None and expected is not None  # noqa: PT018
+    assert (best.path.name, best.score) == (expected.path.name, expected.score)
     for part in ("model", "optimizer"):
         assert ours[part].keys() == theirs[part].keys()
         assert all(torch.equal(ours[part][name], theirs[part][name]) for name in ours[part])
@@ -103,6 +106,8 @@ def test_a_finished_run_is_not_trained_again(root: Path, unbroken: Path) -> None
 @pytest.mark.parametrize(
     ("keys", "code", "words"),
     [
+        ({"MODEL__RES_NAME": "resnot50"}, 2, "resnot50"),
+        ({"MODEL__TRANSFORMER_TYPE": "vit_bse"}, 2, "vit_bse"),
         ({"SOLVER__BASE_LR": "1e30"}, 5, "is not finite"),
         ({"SOLVER__IMS_PER_BATCH": "64"}, 2, "8 persons to train on, a batch needs 16"),
         ({"DATASETS__NAMES": "market1501"}, 2, "bounding_box_train"),
@@ -119,6 +124,34 @@ def test_what_cannot_be_done_says_why(
     assert train(arguments(root, tmp_path, **keys)) == code
     assert words in capfd.readouterr().err
     assert not checkpoint.checkpoints(tmp_path / "checkpoints")
+
+
+def test_fp16_survives_an_overflow_in_its_first_steps(root: Path, tmp_path: Path) -> None:
+    keys = {"SOLVER__OPTIMIZER_NAME": "SGD", "SOLVER__BASE_LR": 0.005, "SOLVER__PRECISION": "fp16"}
+    assert train(arguments(root, tmp_path, **keys)) == 0
+    weights = last(tmp_path)[0]["model"].values()
+    assert all(weight.isfinite().all() for weight in weights if weight.is_floating_point())
+
+
+def test_a_failed_evaluation_loses_no_training(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("engine.loop.evaluate", fail)
+    assert train(arguments(root, tmp_path)) == 6
+    assert last(tmp_path)[1]["epoch"] == 4
+
+
+def test_one_camera_cannot_be_evaluated_and_says_so_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for part, persons in (("train", range(1, 9)), ("query", (20, 21)), ("gallery", (20, 21))):
+        for person in persons:
+            folder = tmp_path / "own" / part / str(person)
+            folder.mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (16, 32), (person, number, 9)).save(folder / f"c1_{number}.png")
+    keys = {"DATASETS__NAMES": "folder"}
+    assert train(arguments(tmp_path / "own", tmp_path / "out", **keys)) == 2
+    assert "another camera" in capfd.readouterr().err
 
 
 def test_a_run_with_another_configuration_is_not_continued(

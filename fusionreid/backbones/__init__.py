@@ -1,1 +1,7 @@
-"""The backbones of the two branches: a CNN gives a map (B, C, h, w), a Transformer tokens (B, 1 + N, C)."""
+"""The backbones of the two branches."""
+
+
+class BackboneError(ValueError):
+    """The configuration names a backbone that does not exist or does not fit."""
+
+    exit_code = 2

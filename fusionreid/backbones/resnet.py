@@ -12,6 +12,8 @@ from timm.models.resnet import Bottleneck
 from timm.models.resnet import ResNet as TimmResNet
 from torch import Tensor, nn
 
+from fusionreid.backbones import BackboneError
+
 LAYERS = {1: (3, 4, 6, 3), 2: (3, 4, 23, 3), 3: (3, 8, 36, 3)}  # RES_MODE -> blocks per stage: ResNet-50, 101, 152
 IBN = {"resnet50_ibn_a": 1, "resnet101_ibn_a": 2}  # RES_NAME -> RES_MODE
 
@@ -98,7 +100,7 @@ def _create(name: str) -> nn.Module:
     try:
         return timm.create_model(name, num_classes=0, global_pool="")
     except (RuntimeError, TypeError, AssertionError) as error:
-        raise ValueError(
+        raise BackboneError(
             f"TimmCNN: RES_NAME must be one of {', '.join(IBN)} or a CNN that timm {timm.__version__} knows, got "
             f"{name!r}: {error}"
         ) from error
@@ -109,9 +111,9 @@ def _map_size(name: str, model: nn.Module, width: int) -> tuple[int, int]:
     try:
         features = model.eval().forward_features(torch.empty(1, 3, 256, 256, device="meta"))
     except AssertionError as error:
-        raise ValueError(f"TimmCNN: RES_NAME must take images of any size, {name!r} says: {error}") from error
+        raise BackboneError(f"TimmCNN: RES_NAME must take images of any size, {name!r} says: {error}") from error
     if features.ndim != 4 or features.shape[1] != width:
-        raise ValueError(
+        raise BackboneError(
             f"TimmCNN: RES_NAME must give a map (B, {width}, h, w), {name!r} gives {tuple(features.shape)}"
         )
     return features.shape[2], features.shape[3]

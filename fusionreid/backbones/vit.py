@@ -15,6 +15,7 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from fusionreid.backbones import BackboneError
 from fusionreid.blocks import SelfAttention, init_linear
 
 
@@ -135,14 +136,14 @@ def from_timm(
     `sie` holds `num_cameras`, `num_views` and `sie_weight`.
     """
     if type(source) not in (VisionTransformer, Eva) or type(source.patch_embed) is not PatchEmbed:
-        raise ValueError(
+        raise BackboneError(
             "ViT: TRANSFORMER_TYPE must be a plain VisionTransformer or Eva of timm (with patches from one "
             f"convolution), got {type(source).__name__}"
         )
     rope = getattr(source, "rope", None)
     same_in_all_blocks = rope is None or (hasattr(rope, "update_feat_shape") and not source.rope_mixed)
     if source.cls_token is None or (rope is None and source.pos_embed is None) or not same_in_all_blocks:
-        raise ValueError(
+        raise BackboneError(
             "ViT: TRANSFORMER_TYPE must be a ViT with a class token and a position table or fixed rotary positions, "
             "this has not both"
         )
@@ -151,7 +152,7 @@ def from_timm(
     embed.proj.stride = tuple(stride)
     grid = tuple((size - patch) // step + 1 for size, patch, step in zip(image_size, embed.patch_size, stride))
     if min(grid) < 1:
-        raise ValueError(f"ViT: image_size {image_size} must hold a patch of {embed.patch_size}")
+        raise BackboneError(f"ViT: image_size {image_size} must hold a patch of {embed.patch_size}")
     if rope is not None:
         rope.update_feat_shape(grid)
     table = source.pos_embed is not None
@@ -217,7 +218,7 @@ def build_vit(
     try:
         source = timm.create_model(name, num_classes=0, **own, **rates)
     except (RuntimeError, TypeError, AssertionError) as error:
-        raise ValueError(
+        raise BackboneError(
             f"ViT: TRANSFORMER_TYPE must be a VisionTransformer of timm {timm.__version__}, got {name!r}: {error}"
         ) from error
     return from_timm(

@@ -1,0 +1,76 @@
+"""From a checkpoint to a model: ours, or one of the published code."""
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from engine import checkpoint, parallel
+from engine.checkpoint import CheckpointError
+from engine.config import Config
+from fusionreid import FusionReID, build_model
+from fusionreid.formats import read_state
+from fusionreid.weights import WeightsError, load_published
+
+log = logging.getLogger(__name__)
+
+
+def build(cfg: Config, num_classes: int, num_cameras: int) -> FusionReID:
+    """The model that the configuration describes, before any trained weights."""
+    return build_model(cfg.MODEL, image_size=cfg.INPUT.SIZE_TRAIN, num_classes=num_classes, num_cameras=num_cameras)
+
+
+def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Fill a model, sharded or not, with whole CPU tensors; an entry too few, too many or misshaped raises."""
+    own = model.state_dict()
+    checkpoint.compare("the model", own, tensors)
+    for name, tensor in own.items():
+        parallel.local_shard(tensor).copy_(parallel.shard_like(tensors[name], tensor))
+
+
+def find_checkpoint(cfg: Config) -> Path:
+    """TEST.WEIGHT, or the best or newest checkpoint of the run in OUTPUT_DIR."""
+    if cfg.TEST.WEIGHT:
+        return Path(cfg.TEST.WEIGHT)
+    folder = Path(cfg.OUTPUT_DIR) / "checkpoints"
+    best = checkpoint.best(folder)
+    if best is not None:
+        try:
+            checkpoint.verify(best.path)
+            return best.path
+        except CheckpointError as error:
+            log.warning("the best checkpoint cannot be used, the newest is taken: %s", error)
+    path = checkpoint.latest(folder)
+    if path is None:
+        raise CheckpointError(f"no checkpoint in {folder}: train first, or name one with TEST.WEIGHT")
+    return path
+
+
+def restore(path: Path, cfg: Config) -> tuple[FusionReID, tuple[int, ...]]:
+    """The trained model and the cameras it has seen, from a checkpoint folder or a file of the published code."""
+    if path.is_dir():
+        tensors, state = checkpoint.load(path)
+        _warn_of_differences(cfg, Config.from_dict(state["config"]))
+        model = build(cfg, state["classes"], max(state["cameras"]) + 1)
+        load_model(model, tensors["model"])
+        return model, tuple(state["cameras"])
+    published = read_state(path)
+    classes = {len(t) for name, t in published.items() if re.search(r"classifier(_\d)?\.weight$", name)}
+    if len(classes) != 1:
+        raise WeightsError(f"{path} is no trained FusionReID: it holds no classifier; name a checkpoint of one")
+    cameras = max((len(t) for name, t in published.items() if name.endswith("sie_embed")), default=1)
+    model = build(cfg, classes.pop(), cameras)
+    load_published(model, published)
+    return model, tuple(range(cameras))
+
+
+def _warn_of_differences(cfg: Config, trained: Config) -> None:
+    """Features mean something only in the model, and for the pixels, that were trained."""
+    idle = {"DEVICE", "PRETRAIN_CHOICE", "PRETRAIN_PATH", "PRETRAIN_PATH_R", "PRETRAIN_PATH_T", "SIZE_TEST"}
+    for section in ("MODEL", "INPUT"):
+        ours, theirs = (getattr(c, section).model_dump() for c in (cfg, trained))
+        for key, value in ours.items():
+            if key not in idle and value != theirs[key]:
+                log.warning("%s.%s is %s, the checkpoint was trained with %s", section, key, value, theirs[key])

@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test sweep lint
+.PHONY: demo test lint
 
 .venv/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -12,11 +12,8 @@ demo: .venv/installed  ## render a data set, train on it, evaluate beside two ba
 	$(BIN)/python engine/train.py --config_file configs/synthetic/tiny.yml
 	$(BIN)/python engine/evaluate.py --config_file configs/synthetic/tiny.yml --baselines
 
-test: .venv/installed  ## everything that fits 15 minutes on two cores without a GPU
+test: .venv/installed  ## some five minutes on two cores without a GPU
 	$(BIN)/python -m pytest
-
-sweep: .venv/installed  ## the long tests
-	$(BIN)/python -m pytest -m sweep
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -47,6 +47,38 @@ def test_a_killed_worker_is_an_error(split):
     train.close()
 
 
+STARTING = """
+import signal, sys
+from dataloading import read_split
+from dataloading.config import DatasetsConfig
+from tests.test_loader import loader
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    train = loader(read_split(DatasetsConfig(NAMES="market", ROOT_DIR=sys.argv[1])), workers=2)
+    print("starting", flush=True)
+    print(len(list(train.batches(0))) == train.steps(0), flush=True)
+    train.close()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_do_not_reach_the_server_while_it_starts(split, tmp_path, number):
+    script = tmp_path / "starting.py"
+    script.write_text(STARTING)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.Popen([sys.executable, str(script), split.root], stdout=subprocess.PIPE, text=True,
+                           env=environment, start_new_session=True)  # fmt: skip
+    assert run.stdout.readline() == "starting\n"
+    for _ in range(40):
+        if run.poll() is None:
+            os.killpg(run.pid, number)
+        time.sleep(0.02)
+    assert run.stdout.read() == "True\n"
+    assert run.wait(30) == 0
+
+
 RUN = """
 import sys, time
 from dataloading import read_split

@@ -180,8 +180,3 @@ def check_batch(split: Split, batch_size: int, instances: int, world_size: int =
 def scarce_persons(split: Split, instances: int) -> int:
     """How many persons have fewer training images than a batch takes of them, so that images repeat."""
     return sum(count < instances for count in Counter(record.person for record in split.train).values())
-
-
-def unseen_cameras(split: Split) -> tuple[int, ...]:
-    """Cameras of query and gallery that training never sees, sorted."""
-    return tuple(sorted({record.camera for record in (*split.query, *split.gallery)} - set(split.cameras)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dataloading import read_split
 from dataloading.loader import Batch, TrainLoader
-from dataloading.records import check_batch, check_images
+from dataloading.records import check_batch, check_images, scarce_persons
 from engine import checkpoint, parallel
 from engine.checkpoint import StorageError
 from engine.config import Config
@@ -46,6 +46,8 @@ class Run:
         check_cameras(self.split, self.split.cameras, cfg)
         check_matches(*split_ids(self.split))
         self.say(self.split.describe())
+        if scarce := scarce_persons(self.split, cfg.DATALOADER.NUM_INSTANCE):
+            self.say(f"{scarce} persons have fewer than {cfg.DATALOADER.NUM_INSTANCE} images: theirs repeat in a batch")
         if ranks.main:
             check_images((*self.split.train, *self.split.query, *self.split.gallery))
         torch.manual_seed(cfg.SOLVER.SEED)

@@ -129,14 +129,16 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
     path = find_checkpoint(cfg)
     model, cameras = restore(path, cfg)
     check_cameras(split, cameras, cfg)
-    trained = evaluate(parallel.shard(model.to(ranks.device), ranks), split, cameras, cfg, ranks)
-    rankings = {"FusionReID": rank_split(trained.query, trained.gallery, split, ranks)}
+    plain = cfg.model_copy(update={"TEST": cfg.TEST.model_copy(update={"RE_RANKING": False})})
+    trained = evaluate(parallel.shard(model.to(ranks.device), ranks), split, cameras, plain, ranks)
+    rankings = {"FusionReID": trained.ranking}
     if cfg.TEST.RE_RANKING:
-        rankings["re-ranked"] = trained.ranking
+        neighbourhood = RE_RANKING[cfg.TEST.RE_RANKING]
+        rankings["re-ranked"] = rank_split(trained.query, trained.gallery, split, ranks, neighbourhood)
     if baselines:
         torch.manual_seed(cfg.SOLVER.SEED)
         untrained = build(cfg, split.num_persons, max(cameras) + 1).to(ranks.device)
-        rankings["untrained"] = evaluate(parallel.shard(untrained, ranks), split, cameras, cfg, ranks).ranking
+        rankings["untrained"] = evaluate(parallel.shard(untrained, ranks), split, cameras, plain, ranks).ranking
         query, gallery = (torch.from_numpy(colour_histogram(records)) for records in (split.query, split.gallery))
         rankings["colour histogram"] = rank_split(query, gallery, split, ranks)
     if ranks.main:
@@ -158,9 +160,8 @@ def show(cfg: Config, split: Split, path: Path, trained: Evaluation, rankings: M
     source = {"data": split.name, "note": split.note, "checkpoint": str(path), "TEST": cfg.TEST.model_dump(mode="json")}
     write_json(output / "metrics.json", {**source, "results": results})
     distances, neighbours = top_k(trained.query, trained.gallery, *split_ids(split), k=10, metric="euclidean")
-    plain = rankings["FusionReID"]
     precision = torch.full((len(split.query),), torch.nan, dtype=torch.float64)
-    precision[plain.num_matches > 0] = plain.average_precisions
+    precision[trained.ranking.num_matches > 0] = trained.ranking.average_precisions
     shown = 1 - distances / 2 if cfg.TEST.FEAT_NORM else distances.sqrt()  # the cosine at unit length, else a distance
     picture = rank_lists(split.query, split.gallery, neighbours.numpy(), shown.numpy(), precision.numpy())
     picture.save(output / "ranks.png")

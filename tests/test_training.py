@@ -77,9 +77,10 @@ def test_a_broken_run_ends_in_the_same_bits(root: Path, unbroken: Path, tmp_path
 def test_two_processes_train_and_one_evaluates(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, text = finish(command(*arguments(root, tmp_path), processes=2))
     assert code == 0, text
-    assert evaluate([*arguments(root, tmp_path), "--baselines"]) == 0
+    assert evaluate([*arguments(root, tmp_path, TEST__RE_RANKING="yes"), "--baselines"]) == 0
     results = json.loads((tmp_path / "metrics.json").read_text())["results"]
-    assert results.keys() == {"FusionReID", "untrained", "colour histogram"}
+    assert results.keys() == {"FusionReID", "re-ranked", "untrained", "colour histogram"}
+    assert results["re-ranked"] != results["FusionReID"]
     assert f"mAP {100 * results['FusionReID']['mAP']:.1f} %" in text
     assert "Rank-10" in capsys.readouterr().out
     assert (tmp_path / "report.html").stat().st_size > 10_000

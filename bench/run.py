@@ -6,6 +6,7 @@ all that were kept and which of them are stale.
 
 import argparse
 import json
+import os
 import platform
 import re
 import subprocess
@@ -23,12 +24,14 @@ if __name__ == "__main__":  # a script's own folder must not hide modules, and i
 
 import torch
 
+from bench.ceilings import Ceilings, measure_ceilings
 from bench.timing import Case, Measurement, Settings, Work, WrongResultError, measure
 
 SUITES = ("attention", "triplet", "evaluation", "loader", "step")
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
 SECONDS_PER_CASE = 8.0
+H200 = Ceilings(bytes_per_s=4.3e12, operations_per_s=790e12)
 Row = dict[str, Any]
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -38,14 +41,36 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "median ms": lambda row: _number(row["median_ms"]),
     "20 % ms": lambda row: _number(row["fast_ms"]),
     "80 % ms": lambda row: _number(row["slow_ms"]),
+    "warm ms": lambda row: _number(row["warm_ms"]),
     "GB/s": lambda row: _number(row["bytes"] and row["bytes"] / row["median_ms"] * 1e-6),
     "GFLOP/s": lambda row: _number(row["operations"] and row["operations"] / row["median_ms"] * 1e-6),
+    "of limit": lambda row: "" if row["limit_ms"] is None else f"{row['limit_ms'] / row['median_ms']:.0%}",
     "speed": lambda row: f"{row['speed']:.2f}x",
     "peak GiB": lambda row: _number(row["peak_gib"]),
 }
+BUILD_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "launch": lambda row: row["launch"],
+    "kernel": lambda row: row["kernel"],
+    "GPU": lambda row: f"sm_{row['capability']}",
+    "warps": lambda row: str(row["warps"]),
+    "registers": lambda row: str(row["registers"]),
+    "spilled": lambda row: f"{row['stack_bytes'] + row['local_bytes']} B",
+    "shared": lambda row: f"{row['shared_bytes'] / 1024:.1f} KiB",
+    "programs": lambda row: str(row["programs"]),
+    "products": lambda row: " ".join(row["matrix_instructions"]),
+    "MB": lambda row: _number(row["bytes"] * 1e-6),
+    "GFLOP": lambda row: _number(row["operations"] * 1e-9),
+    "limit us": lambda row: _number(1e3 * H200.limit_ms(row["bytes"], row["operations"])),
+}
+BUILD_LEGEND = (
+    "As compiled, not run. Programs: that fit a multiprocessor at once. Limit: of an ideal implementation at the real "
+    "size on an H200, 4.3 TB/s in a copy and 790 TFLOP/s in a bf16 product."
+)
 LEGEND = (
     "speed: against the fastest alternative. GB/s and GFLOP/s: bytes and operations of an ideal implementation over "
-    "the measured time. Peak GiB: memory beyond the inputs; on a GPU only."
+    "the measured time. Of limit: the time in which this machine copies those bytes or does those operations in one "
+    "large product, whichever is longer, over the measured time. Warm ms: with a warm L2, peak GiB: memory beyond the "
+    "inputs; both on a GPU only."
 )
 
 
@@ -63,16 +88,19 @@ def main(argv: Sequence[str] | None = None, results: Path = RESULTS) -> int:
     if not args.suite and not args.report:
         parser.error("one of --suite and --report is needed")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
-    settings = Settings(args.size or "default", device, args.compile)
+    settings = Settings(args.size or ("full" if device.type == "cuda" else "default"), device, args.compile)
+    ceilings = measure_ceilings(settings) if args.suite else None
     for suite in SUITES if args.suite == "all" else filter(None, [args.suite]):
         try:
-            rows = run_suite(suite, settings)
+            rows = run_suite(suite, settings, ceilings)
         except WrongResultError as error:
             print(f"{suite}: {error}", file=sys.stderr)
             return 1
         print(f"\n{suite} on {rows[0]['device']}, {rows[0]['threads']} threads\n{table(rows, COLUMNS)}", flush=True)
         if args.record:
             record(rows, results)
+        if device.type == "cpu" and args.size != "quick" and (built := builds(suite)):
+            print(f"\n{table(built, BUILD_COLUMNS)}\n\n{BUILD_LEGEND}", flush=True)
     if args.suite:
         print(f"\n{LEGEND}")
     if args.report:
@@ -80,17 +108,38 @@ def main(argv: Sequence[str] | None = None, results: Path = RESULTS) -> int:
     return 0
 
 
-def run_suite(suite: str, settings: Settings) -> list[Row]:
+def run_suite(suite: str, settings: Settings, ceilings: Ceilings) -> list[Row]:
     module = import_module(f"bench.suite_{suite}")
     cases: list[Case] = module.cases(settings)
-    stamp = {"suite": suite, "size": settings.size, **machine(settings.device), "digest": digest(suite)}
-    return [row for case in cases for row in _rows(stamp, case, *measure(case, settings, SECONDS_PER_CASE))]
+    stamp = {
+        "suite": suite,
+        "size": settings.size,
+        **machine(settings.device),
+        "digest": digest(suite),
+        **vars(ceilings),
+    }
+    rows = []
+    for case in cases:
+        work, measured = measure(case, settings, SECONDS_PER_CASE)
+        limit_ms = ceilings.limit_ms(work.bytes_moved, work.operations)
+        rows += _rows(stamp | {"limit_ms": limit_ms}, case, work, measured)
+    return rows
 
 
 def _rows(stamp: Row, case: Case, work: Work, measured: Sequence[Measurement]) -> list[Row]:
     best = min(m.median_ms for m in measured[1:])  # the first is ours
     about = {"case": case.name, "shape": case.shape, "bytes": work.bytes_moved, "operations": work.operations}
     return [{**stamp, **about, **vars(m), "speed": best / m.median_ms} for m in measured]
+
+
+def builds(suite: str) -> list[Row]:
+    """What the compiler makes of the suite's kernels; in a process of its own, whatever this one does with Triton."""
+    if not hasattr(import_module(f"bench.suite_{suite}"), "launches"):
+        return []
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "bench/builds.py"), suite]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def machine(device: torch.device) -> Row:

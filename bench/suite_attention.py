@@ -4,59 +4,93 @@ B images, N tokens per stream, H heads, D head width, C width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
+from bench.builds import Launch
 from bench.timing import TOLERANCE, Case, Settings, Work
 from kernels import ClassStream, dual_cross_attention, dual_self_attention
 
-SOURCES = ("kernels/dual_attention.py", "kernels/class_attention.py")
+SOURCES = ("kernels/_head.py", "kernels/dual_attention*.py", "kernels/class_attention*.py")
 # images, tokens of the CNN stream and of the Transformer stream without the class token, heads, head width
 SIZES = {"quick": (2, 4, 6, 2, 8), "default": (8, 128, 210, 12, 64), "full": (128, 128, 210, 12, 64)}
-Pair = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, ...]
 
 
 def cases(settings: Settings) -> list[Case]:
     images, *tokens, heads, width = SIZES[settings.size]
     dtype = str(settings.dtype).removeprefix("torch.")
+    both = [1 + n for n in tokens]
     found = []
-    for name, setup, more in (("self-attention", self_attention, 1), ("class attention", class_attention, 0)):
-        shape = f"B {images}, N {tokens[0] + more} and {tokens[1] + more}, H {heads}, D {width}, {dtype}"
-        found.append(Case(f"{name}, forward", shape, partial(setup, settings, False)))
-        found.append(Case(f"{name}, forward and backward", shape, partial(setup, settings, True)))
+    for name, setup, lengths in (
+        ("self-attention of both streams", self_attention, both),
+        ("self-attention of one stream", self_attention, both[1:]),
+        ("class attention of both streams", class_attention, tokens),
+    ):
+        shape = f"B {images}, N {' and '.join(map(str, lengths))}, H {heads}, D {width}, {dtype}"
+        found.append(Case(f"{name}, forward", shape, partial(setup, settings, lengths, False)))
+        found.append(Case(f"{name}, backward", shape, partial(setup, settings, lengths, True)))
     return found
 
 
+def launches() -> Iterator[Launch]:
+    """The kernels at the sizes of the model; the last ones are those of 384 x 128 pixels."""
+    images, *_, heads, width = SIZES["full"]
+    for dtype in (torch.bfloat16, torch.float32):
+        for lengths in ((129, 211), (211,), (193, 311)):
+            yield from _self_attention_launches(images, lengths, heads, width, dtype)
+
+
+def _self_attention_launches(
+    images: int, lengths: Sequence[int], heads: int, width: int, dtype: torch.dtype
+) -> Iterator[Launch]:
+    qkv = [torch.zeros(1, n, 3, heads, width, dtype=dtype) for n in lengths]
+    name = f"self-attention, N {' and '.join(map(str, lengths))}, {str(dtype).removeprefix('torch.')}"
+    forward, backward = torch.ops.fusionreid.dual_self_attention, torch.ops.fusionreid.dual_self_attention_backward
+    bytes_moved = images * sum(t.nbytes for t in qkv)
+    operations = images * sum(4 * heads * width * n**2 for n in lengths)
+    outputs = [torch.zeros(1, n, heads * width, dtype=dtype) for n in lengths]
+    sums = [torch.zeros(1, heads, n) for n in lengths]
+    yield Launch(f"{name}, forward", lambda: forward(qkv, 1.0, True), bytes_moved * 4 / 3, operations)
+    yield Launch(
+        f"{name}, backward", lambda: backward(qkv, outputs, sums, outputs, 1.0), bytes_moved * 8 / 3, 2.5 * operations
+    )
+
+
 @contextmanager
-def self_attention(settings: Settings, backward: bool) -> Iterator[Work]:
-    images, *tokens, heads, width = SIZES[settings.size]
-    inputs = [_random(settings, images, 1 + n, 3, heads, width, grad=backward) for n in tokens]
-    functions: dict[str, Callable[[Tensor, Tensor], Pair]] = {
-        "ours": dual_self_attention,
-        "SDPA on views": lambda a, b: (sdpa_on_views(a), sdpa_on_views(b)),
-        "SDPA on copies": lambda a, b: (sdpa_on_copies(a), sdpa_on_copies(b)),
-        "plain, as published": lambda a, b: (plain_self_attention(a), plain_self_attention(b)),
+def self_attention(settings: Settings, lengths: Sequence[int], backward: bool) -> Iterator[Work]:
+    images, *_, heads, width = SIZES[settings.size]
+    inputs = [_random(settings, images, n, 3, heads, width, grad=backward) for n in lengths]
+    one_stream: dict[str, Callable[[Tensor], Tensor]] = {
+        "SDPA on views": sdpa_on_views,
+        "SDPA on copies": sdpa_on_copies,
+        "plain, as published": plain_self_attention,
     }
     if settings.device.type == "cuda":  # what torch picks is not always the fastest
         for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-            functions[f"SDPA on views, {backend.name.split('_')[0].lower()}"] = partial(_with_backend, backend)
+            one_stream[f"SDPA on views, {backend.name.split('_')[0].lower()}"] = partial(_with_backend, backend)
+    functions: dict[str, Callable[..., Pair]] = {"ours": lambda *qkv: _as_tuple(dual_self_attention(*qkv))}
+    for name, function in one_stream.items():
+        functions[name] = lambda *qkv, function=function: tuple(function(x) for x in qkv)
     if settings.compile:
         functions["plain, compiled"] = torch.compile(functions["plain, as published"])
-    operations = sum(4 * images * heads * width * (1 + n) ** 2 for n in tokens)
-    yield _work(settings, functions, inputs, inputs, operations * (3.5 if backward else 1), backward)
+        functions["FlexAttention, compiled"] = torch.compile(lambda *qkv: tuple(map(flex, qkv)))
+    operations = sum(4 * images * heads * width * n**2 for n in lengths)
+    yield _work(settings, functions, inputs, inputs, operations, backward)
 
 
 @contextmanager
-def class_attention(settings: Settings, backward: bool) -> Iterator[Work]:
-    images, *tokens, heads, width = SIZES[settings.size]
+def class_attention(settings: Settings, lengths: Sequence[int], backward: bool) -> Iterator[Work]:
+    images, *_, heads, width = SIZES[settings.size]
     inner = heads * width
     streams, inputs = [], []
-    for n in tokens:
+    for n in lengths:
         tensors = [_random(settings, images, heads, width), _random(settings, images, n, inner),
                    _random(settings, inner), _random(settings, inner),
                    *(_random(settings, inner, inner, deviation=inner**-0.5) for _ in range(2))]  # fmt: skip
@@ -65,14 +99,14 @@ def class_attention(settings: Settings, backward: bool) -> Iterator[Work]:
         inputs += [query, x, weight, key_weight, value_weight]  # the bias has no gradient: it cancels
     for tensor in inputs:
         tensor.requires_grad_(backward)
-    functions: dict[str, Callable[[ClassStream, ClassStream], Pair]] = {
+    functions: dict[str, Callable[..., Pair]] = {
         "ours": dual_cross_attention,
         "LayerNorm, K and V, SDPA": lambda a, b: (projected_class_attention(a), projected_class_attention(b)),
     }
     if settings.compile:
         functions["LayerNorm, K and V, SDPA, compiled"] = torch.compile(functions["LayerNorm, K and V, SDPA"])
-    operations = sum(4 * images * inner * (heads * n + inner) for n in tokens)  # weights on the class token's side
-    yield _work(settings, functions, streams, inputs, operations * (3 if backward else 1), backward)
+    operations = sum(4 * images * inner * (heads * n + inner) for n in lengths)  # weights on the class token's side
+    yield _work(settings, functions, streams, inputs, operations, backward)
 
 
 def sdpa_on_views(qkv: Tensor, scale: float | None = None) -> Tensor:
@@ -100,9 +134,18 @@ def projected_class_attention(stream: ClassStream, scale: float | None = None) -
     return F.scaled_dot_product_attention(stream.query[:, :, None], keys, values, scale=scale).flatten(1)
 
 
-def _with_backend(backend: SDPBackend, a: Tensor, b: Tensor) -> Pair:
+def flex(qkv: Tensor) -> Tensor:
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    return flex_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+def _with_backend(backend: SDPBackend, qkv: Tensor) -> Tensor:
     with sdpa_kernel(backend):
-        return sdpa_on_views(a), sdpa_on_views(b)
+        return sdpa_on_views(qkv)
+
+
+def _as_tuple(result: Tensor | Pair) -> Pair:
+    return (result,) if isinstance(result, Tensor) else result
 
 
 def _random(settings: Settings, *shape: int, deviation: float = 1.0, grad: bool = False) -> Tensor:
@@ -118,15 +161,19 @@ def _work(
     operations: float,
     backward: bool,
 ) -> Work:
+    """Forward, or backward alone: its inputs are the results of a forward pass made before."""
     with torch.no_grad():
         upstream = [torch.randn_like(out) for out in functions["ours"](*arguments)]
-
-    def call(function: Callable[..., Pair]) -> Sequence[Tensor]:
-        with nullcontext() if backward else torch.no_grad():
-            out = function(*arguments)
-        return (*out, *torch.autograd.grad(out, inputs, upstream)) if backward else out
-
     read, written = (sum(t.nbytes for t in tensors) for tensors in (inputs, upstream))
-    moved = read + written + backward * 2 * (read + written)  # inputs and results again, their gradients
-    providers = {name: partial(call, function) for name, function in functions.items()}
-    return Work(providers, TOLERANCE[settings.dtype], moved, operations)
+
+    def forward(function: Callable[..., Pair]) -> Sequence[Tensor]:
+        with torch.no_grad():
+            return function(*arguments)
+
+    if not backward:
+        providers = {name: partial(forward, function) for name, function in functions.items()}
+        return Work(providers, TOLERANCE[settings.dtype], read + written, operations)
+    results = {name: function(*arguments) for name, function in functions.items()}
+    providers = {name: partial(torch.autograd.grad, out, inputs, upstream, retain_graph=True)
+                 for name, out in results.items()}  # fmt: skip
+    return Work(providers, TOLERANCE[settings.dtype], 2 * (read + written), 2.5 * operations)

@@ -1,7 +1,8 @@
 """What a case is, and how its providers are measured: checked against each other first, then in interleaved rounds.
 
-On a GPU every call is timed alone, from an idle device with a cold L2, between two CUDA events; on a CPU by the clock,
-with whatever the other providers have left in the caches.
+On a GPU a call is captured as a CUDA graph, if it can be, and its replay is timed between two CUDA events: with a cold
+L2, and once more with what the call itself has left there. On a CPU the clock tells, and the caches hold whatever the
+other providers have left.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -60,25 +61,31 @@ class Measurement:
     median_ms: float
     fast_ms: float  # 20 % quantile
     slow_ms: float  # 80 % quantile
+    warm_ms: float | None  # median with a warm L2; on a GPU only
     peak_gib: float | None  # above what was allocated before the call; on a GPU only
 
 
 def measure(case: Case, settings: Settings, seconds: float) -> tuple[Work, list[Measurement]]:
     """Measure all providers of a case for about so many seconds together, after their results have been compared."""
     torch.manual_seed(1111)
+    gpu = settings.device.type == "cuda"
     with case.setup() as work:
         check(case.name, work)
-        clock = _gpu_clock() if settings.device.type == "cuda" else _cpu_clock
         peaks = {name: _peak_gib(call, settings.device) for name, call in work.providers.items()}
-        times: dict[str, list[float]] = {name: [clock(call)] for name, call in work.providers.items()}
+        calls = {name: _replay(call) if gpu else call for name, call in work.providers.items()}
+        cold, warm = clock(settings.device), clock(settings.device, flush=False)
+        times: dict[str, list[float]] = {name: [cold(call)] for name, call in calls.items()}
+        warm_times: dict[str, list[float]] = {name: [] for name in calls}
         rounds = round(seconds / (1e-3 * sum(first for (first,) in times.values())))
         rounds = 2 if settings.size == "quick" else min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS)
-        names = list(work.providers)
+        names = list(calls)
         for _ in range(rounds - 1):
             names.append(names.pop(0))  # nobody always follows the same one
             for name in names:
-                times[name].append(clock(work.providers[name]))
-    return work, [_measurement(name, times[name], peaks[name]) for name in work.providers]
+                times[name].append(cold(calls[name]))
+                if gpu:
+                    warm_times[name].append(warm(calls[name]))
+    return work, [_measurement(name, times[name], warm_times[name], peaks[name]) for name in work.providers]
 
 
 def check(case: str, work: Work) -> None:
@@ -104,9 +111,28 @@ def _result(work: Work, name: str) -> list[Tensor]:
     return [t.detach().double() for t in work.compared(work.providers[name]())]
 
 
-def _measurement(name: str, times: list[float], peak_gib: float | None) -> Measurement:
+def _measurement(name: str, times: list[float], warm: list[float], peak_gib: float | None) -> Measurement:
     fast, *_, slow = quantiles(times, n=5, method="inclusive")
-    return Measurement(name, len(times), median(times), fast, slow, peak_gib)
+    return Measurement(name, len(times), median(times), fast, slow, median(warm) if warm else None, peak_gib)
+
+
+def clock(device: torch.device, *, flush: bool = True) -> Callable[[Callable[[], object]], float]:
+    """A function that tells how many ms a call takes; on a GPU `flush` empties the L2 first."""
+    if device.type != "cuda":
+        return _cpu_clock
+    waste = torch.empty(FLUSH_BYTES if flush else 0, dtype=torch.uint8, device=device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def gpu_clock(call: Callable[[], object]) -> float:
+        torch.cuda.synchronize()
+        waste.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return gpu_clock
 
 
 def _cpu_clock(call: Callable[[], object]) -> float:
@@ -115,20 +141,22 @@ def _cpu_clock(call: Callable[[], object]) -> float:
     return 1e3 * (perf_counter() - start)
 
 
-def _gpu_clock() -> Callable[[Callable[[], object]], float]:
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def clock(call: Callable[[], object]) -> float:
+def _replay(call: Callable[[], object]) -> Callable[[], object]:
+    """The call as a CUDA graph: no launch is waited for. A call that itself waits for the device stays as it is."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
         torch.cuda.synchronize()
-        flush.zero_()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    return clock
+        return call
+    return graph.replay
 
 
 def _peak_gib(call: Callable[[], object], device: torch.device) -> float | None:

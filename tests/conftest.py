@@ -1,6 +1,7 @@
 """What every test stands on: the interpreter without a GPU, seeds, determinism, the recorded numbers."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -31,3 +32,11 @@ def _reproducible() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _two_threads() -> None:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture
+def triton_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """New tensors take the Triton path: on the GPU, or on the CPU through the interpreter."""
+    monkeypatch.setattr("kernels._path.triton_on_cpu", not HAS_GPU)
+    with torch.device("cuda" if HAS_GPU else "cpu"):
+        yield

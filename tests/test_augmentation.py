@@ -1,11 +1,18 @@
 import pytest
 import torch
 
-from kernels import augment, reference
+from kernels import _path, augment, reference
 from kernels.augmentation import normalize
 from kernels.philox import normal, philox
 
 SETTINGS = {"seed": 1111, "epoch": 3, "mean": (0.5, 0.4, 0.3), "std": (0.5, 0.25, 0.2)}
+
+
+@pytest.fixture(params=["plain", "kernel"], autouse=True)
+def _both_paths(request: pytest.FixtureRequest) -> None:
+    """Every test runs on both paths."""
+    if request.param == "kernel":
+        request.getfixturevalue("triton_path")
 
 
 def batch(size: int, height: int = 24, width: int = 11, reach: int = 6) -> dict[str, torch.Tensor]:
@@ -25,9 +32,13 @@ def first(inputs: dict[str, torch.Tensor], **changes: object) -> dict[str, objec
     return {name: tensor[:1] for name, tensor in inputs.items()} | changes
 
 
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-7), (torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float64, 1e-7), (torch.float32, 2e-6), (torch.float16, 2**-11), (torch.bfloat16, 2**-8)]
+)
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 33])
 def test_as_the_reference(dtype, error, size):
+    if dtype == torch.bfloat16 and _path.triton_on_cpu:
+        pytest.skip("Triton's interpreter cuts bf16 off instead of rounding")
     inputs = batch(size)
     out = augment(**inputs, dtype=dtype, **SETTINGS)
     expected = reference.augment(**inputs, dtype=torch.float64, **SETTINGS)
@@ -69,7 +80,7 @@ def test_noise_depends_on_seed_epoch_and_position_only():
     assert torch.equal(reversed_out.flip(0), out)
     words = philox((1111, 3), (torch.tensor([4 * 11 + 6]), inputs["index"][2:3], 0, 0))
     expected = torch.cat((*normal(words[0], words[1]), normal(words[2], words[3])[0]))
-    assert torch.equal(out[2, :, 4, 6], expected)
+    torch.testing.assert_close(out[2, :, 4, 6], expected, rtol=0, atol=2e-6)
     assert not torch.equal(augment(**inputs, **(SETTINGS | {"epoch": 4}))[:, :, 2:12, 3:8], out[:, :, 2:12, 3:8])
 
 

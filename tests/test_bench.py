@@ -15,7 +15,8 @@ from bench.timing import Case, Settings, Work, WrongResultError, check, measure
 QUICK = Settings("quick", torch.device("cpu"))
 KEYS = {
     *("suite", "size", "device", "driver", "threads", "torch", "triton", "commit", "date", "digest", "case", "shape"),
-    *("bytes", "operations", "provider", "rounds", "median_ms", "fast_ms", "slow_ms", "peak_gib", "speed"),
+    *("bytes", "operations", "provider", "rounds", "median_ms", "fast_ms", "slow_ms", "warm_ms", "peak_gib", "speed"),
+    *("limit_ms", "bytes_per_s", "operations_per_s"),
 }
 
 
@@ -103,7 +104,7 @@ def test_a_changed_source_makes_a_record_stale(tmp_path: Path, monkeypatch: pyte
     rows = [
         {"suite": "made", **run.machine(QUICK.device), "digest": run.digest("made"), "case": "c", "shape": "s",
          "bytes": None, "operations": 2e9, "provider": "ours", "rounds": 5, "median_ms": 1.0, "fast_ms": 0.5,
-         "slow_ms": 2.0, "peak_gib": None, "speed": 1.5}
+         "slow_ms": 2.0, "warm_ms": None, "limit_ms": 0.5, "peak_gib": None, "speed": 1.5}
     ]  # fmt: skip
     run.record(rows, tmp_path / "results")
     assert "| current |" in run.report(tmp_path / "results")

@@ -1,0 +1,22 @@
+"""Which path a tensor takes: Triton on a GPU, plain torch on a CPU."""
+
+import os
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it once, so do we
+
+# Tests and the build report send CPU tensors through the kernels: into Triton's interpreter, or its compiler alone.
+triton_on_cpu = False
+
+
+def use_triton(x: Tensor) -> bool:
+    """float64 takes the plain path on every device: it is what the kernels are compared with."""
+    return (x.is_cuda or triton_on_cpu) and x.dtype != torch.float64
+
+
+def capability() -> int:
+    """Of the GPU that kernels are compiled for, 90 for Hopper; the interpreter behaves as one."""
+    return 90 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch

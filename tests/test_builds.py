@@ -1,0 +1,52 @@
+"""The kernels as they ship, compiled for GPUs that need not be there: no spills, tensor cores, and they fit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("suite", ["attention"])
+def test_kernels_compile_well(suite: str) -> None:
+    rows = run.builds(suite)
+    assert {row["capability"] for row in rows} == {80, 90, 100}
+    for row in rows:
+        where = f"{row['kernel']}, {row['launch']}, sm_{row['capability']}"
+        assert row["stack_bytes"] == row["local_bytes"] == 0, f"{where}: registers spill"
+        assert row["fits"], f"{where}: {row['shared_bytes']} bytes of shared memory or {row['registers']} registers"
+        if row["has_product"]:
+            assert row["matrix_instructions"], f"{where}: a product without tensor cores"
+        if row["has_product"] and row["capability"] == 90:
+            assert "HGMMA" in row["matrix_instructions"], f"{where}: a product without Hopper's own instruction"
+
+
+def test_a_spill_would_be_seen(tmp_path: Path) -> None:
+    """The same inspection finds the stack of a kernel that cannot hold what it loads."""
+    source = """
+import sys, torch, triton, triton.language as tl
+from bench.builds import builds
+
+@triton.jit
+def hoard(x, y, SIZE: tl.constexpr):
+    rows = tl.load(x + tl.arange(0, SIZE)[:, None] * 64 + tl.arange(0, 64)).to(tl.float32)
+    for step in range(64):
+        rows = tl.sqrt(rows) + tl.sum(rows) * step
+    tl.store(y + tl.arange(0, SIZE)[:, None] * 64 + tl.arange(0, 64), rows)
+
+x = torch.zeros(1024, 64)
+(build,) = builds(lambda: hoard[(1,)](x, x, SIZE=1024, num_warps=4), 90)
+print(build.stack_bytes)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = tmp_path / "hoard.py"
+    path.write_text(source)
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0

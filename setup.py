@@ -28,7 +28,11 @@ setup(
     ],
     extras_require={
         "dali": ["nvidia-dali-cuda130"],
-        "dev": ["pytest>=8", "pytest-benchmark", "hypothesis", "ruff", "mypy", "types-PyYAML", "pre-commit"],
+        "peers": ["pytorch-metric-learning", "torchmetrics", "faiss-cpu"],  # that the benchmarks compare with
+        "dev": [
+            *("pytest>=8", "pytest-xdist", "pytest-benchmark", "hypothesis"),
+            *("ruff", "mypy", "types-PyYAML", "pre-commit"),
+        ],
     },
     entry_points={"console_scripts": ["fusionreid=engine.cli:main"]},
 )

@@ -1,8 +1,13 @@
-"""Training images: augmentation of one batch, and a whole epoch from files, against Pillow and torchvision."""
+"""Training images: augmentation of one batch, and a whole epoch, against Pillow and torchvision.
+
+An epoch is timed from files, by every decoder that is installed, and from images resident in memory once their file is
+there: as every epoch but the very first. Its speed in images/s is the first number of the shape over the time.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
+from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -21,11 +26,11 @@ from dataloading.records import Record
 from dataloading.worker import fork_server
 from kernels import augment
 
-SOURCES = ("dataloading/loader.py", "dataloading/decode.py", "dataloading/worker.py", "kernels/augmentation.py",
-           "kernels/philox.py")  # fmt: skip
+SOURCES = ("dataloading/loader.py", "dataloading/pixels.py", "dataloading/decode.py", "dataloading/worker.py",
+           "dataloading/dali.py", "dataloading/cache.py", "kernels/augmentation.py", "kernels/philox.py")  # fmt: skip
 # persons, images of each and camera (two cameras), batch size, height and width of the input, numbers of workers
 SIZES: dict[str, tuple[int, int, int, tuple[int, int], tuple[int, ...]]] = {
-    "quick": (4, 2, 8, (32, 16), (0,)),
+    "quick": (4, 2, 8, (96, 48), (0,)),
     "default": (16, 8, 64, (256, 128), (0, 2)),
     "full": (64, 16, 128, (256, 128), (0, 14)),
 }
@@ -36,17 +41,27 @@ GREY_LEVELS = 4 / 255 / STD[0]  # what two decoders and two bicubic filters may 
 
 def cases(settings: Settings) -> list[Case]:
     persons, images, batch, size, workers = SIZES[settings.size]
-    count = persons * 2 * images // batch
     shape = f"B {batch}, {size[0]} x {size[1]}, float32"
+    count = persons * 2 * images // batch * batch
+    decoders = ["torchvision", *(["dali"] if _has_dali() else [])]
+    places = ["host", *(["device"] if settings.device.type == "cuda" else [])]
+    ways = [(f"files by {decoder}", {"BACKEND": decoder, "CACHE": "none"}) for decoder in decoders]
+    ways += [(f"images in {place} memory", {"CACHE": place}) for place in places]
     epochs = [
-        Case(f"an epoch from files, {n} workers", f"{count} x {shape}", partial(epoch, settings, n)) for n in workers
+        Case(f"an epoch, {name}, {n} workers", f"{count}, {shape}", partial(epoch, settings, _loading(n, **how)))
+        for name, how in ways
+        for n in workers
     ]
     return [Case("augmentation of a batch", shape, partial(augmentation, settings)), *epochs]
 
 
+def _loading(workers: int, **how: str) -> DataloaderConfig:
+    return DataloaderConfig.model_validate({"NUM_WORKERS": workers, "NUM_INSTANCE": INSTANCES, **how})
+
+
 @contextmanager
 def augmentation(settings: Settings) -> Iterator[Work]:
-    with _train_loader(settings, 0) as (train, _):
+    with _train_loader(settings, _loading(0)) as (train, _):
         plan, count = train.plan(EPOCH), train.batch_size
         height, width = SIZES[settings.size][3]
         pixels = torch.randint(256, (count, height, width, 3), dtype=torch.uint8, device=settings.device)
@@ -67,8 +82,9 @@ def augmentation(settings: Settings) -> Iterator[Work]:
 
 
 @contextmanager
-def epoch(settings: Settings, workers: int) -> Iterator[Work]:
-    with _train_loader(settings, workers) as (train, records):
+def epoch(settings: Settings, loading: DataloaderConfig) -> Iterator[Work]:
+    workers = loading.NUM_WORKERS
+    with _train_loader(settings, loading) as (train, records):
         plan, size = train.plan(EPOCH), SIZES[settings.size][3]
         batches = np.arange(len(plan.image)).reshape(-1, train.batch_size).tolist()
         usual = DataLoader(
@@ -126,13 +142,19 @@ def visible(batches: Sequence[Tensor], plan: EpochPlan) -> list[Tensor]:
 
 
 @contextmanager
-def _train_loader(settings: Settings, workers: int) -> Iterator[tuple[TrainLoader, Sequence[Record]]]:
+def _train_loader(settings: Settings, loading: DataloaderConfig) -> Iterator[tuple[TrainLoader, Sequence[Record]]]:
     persons, images, batch, size, _ = SIZES[settings.size]
     with TemporaryDirectory() as root:
         rendered = SyntheticConfig(PERSONS=persons, TEST_PERSONS=1, CAMERAS=2, IMAGES=images)
         split = read_split(DatasetsConfig(NAMES="synthetic", ROOT_DIR=root, SYNTHETIC=rendered))
         given = InputConfig(SIZE_TRAIN=size, PADDING=PADDING, PIXEL_MEAN=MEAN, PIXEL_STD=STD)
-        loading = DataloaderConfig(NUM_WORKERS=workers, NUM_INSTANCE=INSTANCES)
         loader = TrainLoader(split, given, loading, batch_size=batch, seed=SEED, device=settings.device)
         with closing(loader):
             yield loader, split.train
+
+
+def _has_dali() -> bool:
+    try:
+        return find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # nothing of its publisher is installed
+        return False

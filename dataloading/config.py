@@ -1,6 +1,6 @@
 """The INPUT, DATASETS and DATALOADER sections of the configuration."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -42,6 +42,7 @@ class DatasetsConfig(Section):
 
     NAMES: Text = "msmt17"  # market1501, dukemtmc, msmt17; own data: folder, market, csv; or synthetic
     ROOT_DIR: Text = "./data"  # folder that holds the data set
+    ON_BAD: Literal["error", "skip"] = "error"  # an image file that cannot be used; skip: up to one in a thousand
     SYNTHETIC: SyntheticConfig = SyntheticConfig()
 
 
@@ -50,4 +51,6 @@ class DataloaderConfig(Section):
 
     NUM_WORKERS: NonNegativeInt = 14  # decoding processes; 0: decode in the main process
     NUM_INSTANCE: PositiveInt = 16  # images per person in a batch
+    BACKEND: Literal["auto", "dali", "torchvision"] = "auto"  # what decodes; auto: DALI on a GPU, if it is installed
+    CACHE: Literal["auto", "device", "host", "none"] = "auto"  # where training images stay; auto: where they fit
     SAMPLER: Annotated[str, "a batch is always persons x instances"] = "softmax_triplet"

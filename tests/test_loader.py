@@ -36,9 +36,12 @@ def split(tmp_path_factory) -> Split:
     return make_split(tmp_path_factory.mktemp("market"))
 
 
-def loader(split: Split, workers: int = 0, **changes: object) -> TrainLoader:
+def loader(
+    split: Split, workers: int = 0, backend: str = "auto", cache: str = "none", **changes: object
+) -> TrainLoader:
     settings = {"batch_size": 8, "seed": 5} | changes
-    return TrainLoader(split, INPUT, DataloaderConfig(NUM_WORKERS=workers, NUM_INSTANCE=2), **settings)
+    loading = DataloaderConfig(NUM_WORKERS=workers, NUM_INSTANCE=2, BACKEND=backend, CACHE=cache)
+    return TrainLoader(split, INPUT, loading, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +117,7 @@ def test_a_bad_file_is_named(split, workers, tmp_path):
     data = Path(split.train[0].path).read_bytes()
     bad.write_bytes(data[: len(data) // 2])
     records = [split.query[0], type(split.query[0])(str(bad), 1, 0), split.query[1]]
-    test = TestLoader(records, INPUT, batch_size=1, num_workers=workers)
+    test = TestLoader(records, INPUT, DataloaderConfig(NUM_WORKERS=workers), batch_size=1)
     batches = iter(test)
     next(batches)
     with pytest.raises(DataError, match=r"^cannot read the image .*bad\.jpg: ") as caught:
@@ -125,7 +128,7 @@ def test_a_bad_file_is_named(split, workers, tmp_path):
 
 def test_evaluation_takes_every_image_once_in_order(split):
     records = (*split.query, *split.gallery)
-    test = TestLoader(records, INPUT, batch_size=8, dtype=torch.float64)
+    test = TestLoader(records, INPUT, DataloaderConfig(NUM_WORKERS=0), batch_size=8, dtype=torch.float64)
     for batches in (list(test), list(test)):
         assert len(batches) == len(test) == 5
         assert [len(batch.images) for batch in batches] == [8, 8, 8, 8, 3]

@@ -1,0 +1,190 @@
+"""The index of a data set: what header and end of every image file say, kept beside the data set for the next start."""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from dataloading.records import open_file, open_image
+
+FILE = ".fusionreid-index.json"
+FORMAT = b"index 1"  # another format: the file is written anew
+CHUNK = 64  # files a thread takes at a time
+SAMPLE = 4096  # bytes at each end that go into the fingerprint
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+
+
+class Entry(NamedTuple):
+    """One file as it was found. Without a `fault` it can be used, as far as its header and end tell."""
+
+    size: int = -1  # bytes
+    modified: int = -1  # ns
+    kind: str = ""  # JPEG, PNG, ...
+    width: int = 0
+    height: int = 0
+    several: bool = False  # frames, of which the first counts
+    fingerprint: str = ""  # of size, first and last bytes
+    fault: str = ""
+    lasting: bool = True  # while size and time stay the same; what a disk says may pass
+
+
+def scan(root: str, paths: Iterable[str], decode: Callable[[str], object] | None = None) -> dict[str, Entry]:
+    """The entry of every path; with `decode`, which raises for a bad file, what decoding all of them says too.
+
+    A file whose size and time are those in the index of `root` is not opened again, except to decode it. Of the others
+    both ends are read, and none is decoded but those whose end leaves doubt. Memory: 1.3 kB per file.
+    """
+    paths = sorted(set(paths))
+    file = index_folder(root) / FILE
+    known = _load(file)
+    prefix = f"{_folder(root)}{os.sep}"
+    names = [path.removeprefix(prefix) for path in paths]  # the data set may move
+    Image.init()  # of all formats, before threads do it together
+    threads = len(os.sched_getaffinity(0)) if decode else 1  # reading headers, two would only fight for the interpreter
+    chunks = [slice(start, start + CHUNK) for start in range(0, len(paths), CHUNK)]
+
+    def entries(chunk: slice) -> list[Entry]:
+        return [_entry(path, known.get(name), decode) for path, name in zip(paths[chunk], names[chunk])]
+
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(threads) as pool:  # of odd metadata
+        found = [entry for part in _progress(pool.map(entries, chunks), len(chunks)) for entry in part]
+    lasting = {name: entry for name, entry in zip(names, found) if entry.lasting}
+    if any(known.get(name) != entry for name, entry in lasting.items()):
+        _save(file, known | lasting)
+    return dict(zip(paths, found))
+
+
+def condemn(root: str, path: str, fault: str) -> None:
+    """Remember what decoding found at a file that `scan` let pass."""
+    entry = look(path)
+    if not entry.fault:
+        file, name = index_folder(root) / FILE, path.removeprefix(f"{_folder(root)}{os.sep}")
+        _save(file, _load(file) | {name: entry._replace(fault=fault)})
+
+
+def index_folder(root: str) -> Path:
+    """Where what is derived from a data set lies: beside it, or in the user's cache where that cannot be written."""
+    folder = _folder(root)
+    if os.access(folder, os.W_OK):
+        return folder
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache, "fusionreid", hashlib.blake2b(os.fsencode(root), digest_size=8).hexdigest())
+
+
+def _folder(root: str) -> Path:
+    return Path(root) if os.path.isdir(root) else Path(root).parent  # beside a CSV file
+
+
+def _entry(path: str, known: Entry | None, decode: Callable[[str], object] | None) -> Entry:
+    entry = known if known is not None and not decode and _unchanged(path, known) else look(path)
+    if decode and not entry.fault:
+        try:
+            decode(path)
+        except Exception as error:  # decoders raise whatever a broken file leads them to
+            return entry._replace(fault=describe(error))
+    return entry
+
+
+def _unchanged(path: str, entry: Entry) -> bool:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    return (status.st_size, status.st_mtime_ns) == (entry.size, entry.modified)
+
+
+def look(path: str) -> Entry:
+    """What header and end of a file say; one whose end leaves doubt is decoded."""
+    size = modified = -1
+    try:
+        with open_file(path) as file:
+            status = os.fstat(file.fileno())
+            size, modified = status.st_size, status.st_mtime_ns
+            start, end = (os.pread(file.fileno(), SAMPLE, at) for at in (0, max(size - SAMPLE, 0)))
+            if not start:
+                raise ValueError("empty file")
+            image = open_image(file)
+            several = _has_frames(image)
+            if not _is_whole(image.format or "", start, end, size):
+                image.convert("RGB")
+        width, height = image.size
+        fingerprint = hashlib.blake2b(b"%d%b%b" % (size, start, end), digest_size=6).hexdigest()
+        return Entry(size, modified, image.format or "", width, height, several, fingerprint)
+    except Exception as error:  # decoders raise whatever a broken file leads them to
+        lasting = getattr(error, "errno", None) is None and size >= 0
+        return Entry(size, modified, fault=describe(error), lasting=lasting)
+
+
+def describe(error: BaseException) -> str:
+    """Why a file cannot be used, in a line."""
+    text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+def _has_frames(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # a later frame is broken: the first one counts
+        return True
+
+
+def _is_whole(kind: str, start: bytes, end: bytes, size: int) -> bool:
+    """Whether the file surely reaches its end; what other formats and trailing bytes leave open, decoding must say."""
+    match kind:
+        case "JPEG" | "MPO":
+            return end.endswith(b"\xff\xd9")
+        case "PNG":
+            return end.endswith(PNG_END)
+        case "WEBP":
+            return int.from_bytes(start[4:8], "little") + 8 <= size
+    return False
+
+
+def _progress(work: Iterable[list[Entry]], total: int) -> Iterable[list[Entry]]:
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    options = {"unit": " files", "unit_scale": CHUNK, "delay": 2, "disable": None}  # None: where there is no terminal
+    bar: Iterable[list[Entry]] = tqdm(work, "reading image files", total, **options)
+    return bar
+
+
+def _load(file: Path) -> dict[str, Entry]:
+    """The index, or nothing where there is none, or a damaged one."""
+    try:
+        digest, _, text = file.read_bytes().partition(b"\n")
+        if digest == _digest(text):
+            return {path: Entry(*values) for path, values in json.loads(text).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass
+    return {}
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=16, person=FORMAT).hexdigest().encode()
+
+
+def _save(file: Path, entries: dict[str, Entry]) -> None:
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    with suppress(OSError):  # a full disk: the next start looks again
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, _digest(text) + b"\n" + text)
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Replace a file at once: a reader sees the old one or the new one."""
+    draft = file.with_name(f"{file.name}.{os.urandom(4).hex()}")
+    try:
+        with open(draft, "xb") as output:
+            output.write(data)
+            output.flush()
+            os.fsync(output.fileno())
+        os.replace(draft, file)
+    finally:
+        draft.unlink(missing_ok=True)

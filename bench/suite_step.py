@@ -22,8 +22,9 @@ from engine.evaluation import build
 from engine.loop import Run
 from engine.optim import group_of, learning_rate
 from fusionreid import blocks, htm
+from fusionreid.drop_path import Draws
 
-SOURCES = ("kernels/*.py", "fusionreid/**/*.py", "engine/loop.py", "engine/optim.py", "engine/parallel.py")
+SOURCES = ("kernels/*.py", "fusionreid/**/*.py", "engine/step.py", "engine/optim.py", "engine/compiling.py")
 INSTANCES = 4
 GFLOP_PER_IMAGE = 174.0  # of the published model at 256 x 128, as torch's flop counter finds it
 TEST_MODEL = {"RES_NAME": "test_resnet", "TRANSFORMER_TYPE": "test_vit", "STRIDE_SIZE": (16, 16), "HTM_LAYER": 1}
@@ -53,9 +54,10 @@ def training_step(settings: Settings) -> Iterator[Work]:
         )
 
         def ours() -> tuple[Tensor, list[Tensor]]:
-            run.sums.zero_()
-            run.train_step(batch)
-            return run.sums[: 2 * len(run.heads)], [parallel.local_shard(p.detach()) for p in run.model.parameters()]
+            run.train_step.clear()
+            run.train_step(batch, number=0)
+            weights = [parallel.local_shard(p.detach()) for p in run.model.parameters()]
+            return run.train_step.sums[: 2 * len(run.train_step.heads)], weights
 
         providers: dict[str, Callable[[], Any]] = {"ours": ours, "plain": plain_step(run, batch, compiled=False)}
         if settings.compile:
@@ -80,8 +82,11 @@ def plain_step(run: Run, batch: Batch, *, compiled: bool) -> Callable[[], tuple[
         [{"params": parameters, "lr": learning_rate(1, rate, cfg.SOLVER), "weight_decay": decay}
          for (rate, decay), parameters in groups.items()], momentum=cfg.SOLVER.MOMENTUM)  # fmt: skip
 
+    draws = Draws(model, cfg.SOLVER.SEED, torch.arange(len(batch.images), device=device))
+
     def step() -> tuple[Tensor, list[Tensor]]:
-        torch.manual_seed(cfg.SOLVER.SEED)  # of drop path
+        draws.draw(torch.zeros((), dtype=torch.int64, device=device))
+        draws.show(slice(None))
         with parallel.autocast(cfg.SOLVER.PRECISION, device), plain_ops():
             outputs = forward(batch.images, batch.cameras)
         identity = torch.stack([F.cross_entropy(x.float(), batch.persons, label_smoothing=0.1) for x in outputs.logits])

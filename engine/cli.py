@@ -1,9 +1,10 @@
-"""The installed command: `fusionreid train|evaluate ...`, the same doors as the scripts."""
+"""The installed command: `fusionreid train|evaluate|embed|search ...`, the same doors as the scripts."""
 
 import sys
 from importlib import import_module
 
-COMMANDS = {"train": "engine.train", "evaluate": "engine.evaluate"}
+DOORS = "train", "evaluate", "embed", "search", "doctor"
+COMMANDS = {name: f"engine.{name}" for name in DOORS}
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""SOLVER, TEST and the whole configuration: a YAML file and overrides become one `Config`, or one `ConfigError`."""
+"""SOLVER, TEST, PARALLEL and the whole: a YAML file and overrides become one `Config`, or one `ConfigError`."""
 
 import difflib
 import os
@@ -22,13 +22,23 @@ from pydantic_core import PydanticCustomError
 
 from dataloading.config import DataloaderConfig, DatasetsConfig, InputConfig
 from engine import dialect
-from fusionreid.config import ModelConfig, Section, Switch, Text
+from fusionreid.config import ModelConfig, Rate, Section, Switch, Text
 
 
 class ConfigError(ValueError):
     """Every mistake of a configuration, one per line."""
 
     exit_code = 2
+
+
+def _words(value: Any) -> Any:
+    """One word is a list of one; `no` is an empty list."""
+    if isinstance(value, str):
+        return tuple(word.strip() for word in value.strip("[]").split(",") if word.strip())
+    return () if value is False else value
+
+
+Loggers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_words)]
 
 
 class SolverConfig(Section):
@@ -50,10 +60,14 @@ class SolverConfig(Section):
     PRECISION: Literal["fp32", "bf16", "fp16"] = "bf16"  # of activations; weights are fp32, fp16 scales the loss
     TRIPLET_PRODUCTS: Literal["fp32", "amp"] = "fp32"  # amp: in PRECISION, noisy as published, for comparison
     MAX_GRAD_NORM: NonNegativeFloat = 0.0  # gradients are clipped to this norm; 0: not at all
+    ACCUMULATE: PositiveInt = 1  # parts of a process's batch that are computed in turn; mining sees the whole batch
+    EMA: Rate = 0.0  # decay of the moving average of the weights, which is then evaluated; 0: no average
     SEED: Annotated[int, Field(ge=0, lt=2**32)] = 1111
     CHECKPOINT_PERIOD: PositiveInt = 180  # epochs
     EVAL_PERIOD: PositiveInt = 30  # epochs
     LOG_PERIOD: PositiveInt = 100  # steps
+    LOGGERS: Loggers = ("tensorboard",)  # beside metrics.jsonl: any of tensorboard, wandb, trackio
+    PROFILE: NonNegativeInt = 0  # steps traced after the first ten, into OUTPUT_DIR/profile-*.json.gz; 0: none
 
     STEPS: Annotated[tuple[int, ...], "the schedule is a cosine"] = (40, 70)
     GAMMA: Annotated[float, "the schedule is a cosine"] = 0.1
@@ -73,6 +87,20 @@ def _word(value: Any) -> Any:
     return dialect.plain(value) if isinstance(value, str) else value  # 'no' means no
 
 
+def _off(value: Any) -> Any:
+    return "off" if value is False else value  # a bare `off` in YAML
+
+
+class ParallelConfig(Section):
+    """How the work of a step is compiled and spread over the processes that torchrun started."""
+
+    EXACT: Switch = False  # batch norm and mining over all processes: any number of them computes what one does
+    COMPILE: Annotated[Literal["auto", "off", "blocks", "whole"], BeforeValidator(_off)] = "auto"  # blocks on a GPU
+    GRAPH: Switch = False  # the step as one CUDA graph: one process on a GPU, bf16 or fp32; never run on a GPU yet
+    CHECKPOINT: Switch = False  # Transformer blocks and HTM layers recompute their activations: less memory, more time
+    SHARD: NonNegativeInt = 0  # processes that share one copy of the weights; 0: all; 1: each has its own
+
+
 # yes: k-reciprocal with k1 20, k2 6, weight 0.3 as its paper has it; published: with 50, 15, 0.3
 ReRanking = Annotated[Literal[False, True, "published"], BeforeValidator(_word)]
 
@@ -85,7 +113,11 @@ class TestConfig(Section):
     FEAT: Annotated[int, Field(ge=0, le=6)] = 0  # 0: all heads concatenated; 1..6: one of them
     NECK_FEAT: Literal["before", "after"] = "before"  # features before or after the batch norm neck
     FEAT_NORM: Switch = True  # unit length
+    FLIP: Switch = False  # features are the mean of an image's and its mirror image's
     RE_RANKING: ReRanking = False  # no, yes or published
+    QUERY_EXPANSION: NonNegativeInt = 0  # nearest gallery images averaged into a query for a row of its own; 0: none
+    DETAILS: Switch = False  # also camera pairs, TPR at FPR, single gallery shot and multi-query in metrics.json
+    EMBEDDINGS: str = ""  # folder of an earlier evaluation to rank again, without a model; empty: embed
     SIE_UNKNOWN: Literal["error", "mean"] = "error"  # a camera that training never saw: stop, or the mean embedding
 
 
@@ -98,6 +130,7 @@ class Config(Section):
     DATALOADER: DataloaderConfig = DataloaderConfig()
     SOLVER: SolverConfig = SolverConfig()
     TEST: TestConfig = TestConfig()
+    PARALLEL: ParallelConfig = ParallelConfig()
     OUTPUT_DIR: Text = "./log"  # logs, checkpoints, results
 
     @model_validator(mode="after")
@@ -113,12 +146,18 @@ class Config(Section):
         if self.TEST.FEAT > 1 and not (self.MODEL.RES_USE and self.MODEL.TRANS_USE):
             rule = f"0 or 1, since a model of one branch has one head, got {self.TEST.FEAT}"
             raise _contradiction(rule, "TEST.FEAT", "MODEL.RES_USE", "MODEL.TRANS_USE")
+        dropout = self.MODEL.TRANS_USE and (self.MODEL.DROP_OUT or self.MODEL.ATT_DROP_RATE)
+        if self.PARALLEL.EXACT and dropout:
+            rule = "no where the Transformer has dropout, whose draws depend on the number of processes"
+            raise _contradiction(rule, "PARALLEL.EXACT", "MODEL.DROP_OUT", "MODEL.ATT_DROP_RATE")
         return self
 
     @property
     def notes(self) -> tuple[str, ...]:
         """A line for every key that differs from its default and yet has no effect."""
         idle = {key: text for key, field in KEYS.items() for text in field.metadata if isinstance(text, str)}
+        if self.SOLVER.PRECISION == "fp16" or self.SOLVER.ACCUMULATE > 1 or self.PARALLEL.CHECKPOINT:
+            idle["PARALLEL.GRAPH"] = "with fp16, ACCUMULATE or CHECKPOINT a step is not the same launches every time"
         if self.MODEL.NO_MARGIN:
             idle["SOLVER.MARGIN"] = "MODEL.NO_MARGIN is yes"
         if not self.MODEL.IF_WITH_CENTER:

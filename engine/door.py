@@ -6,7 +6,6 @@ import fcntl
 import json
 import logging
 import os
-import resource
 import signal
 import socket
 import sys
@@ -19,10 +18,10 @@ from time import monotonic
 from types import FrameType
 from typing import Any, TextIO
 
+from engine import memory
 from engine.config import Config, load_config
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-NO_MEMORY = ("MemoryError", "OutOfMemoryError", "out of memory", "DefaultCPUAllocator", "STATUS_ALLOC_FAILED")
 REASONS = {0: "done", 130: "stopped by SIGINT", 143: "stopped by SIGTERM"}
 EXIT = "exit.json"
 RANK = int(os.environ.get("RANK", "0"))
@@ -206,28 +205,12 @@ def _explain(error: BaseException, cfg: Config | None) -> tuple[int, str]:
         return 130, REASONS[130]
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code, REASONS.get(error.code, f"exit code {error.code}")
-    if isinstance(error, MemoryError | RuntimeError) and any(sign in repr(error) for sign in NO_MEMORY):
-        return 6, _memory_advice(error, cfg)
+    if memory.ran_out(error):
+        return 6, memory.advice(error, cfg)
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return 4, f"{error}: make room or set another OUTPUT_DIR"
     traceback.print_exception(error)
     return 1, f"{type(error).__name__}: {error}"
-
-
-def _memory_advice(error: BaseException, cfg: Config | None) -> str:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        place, peak = "GPU", torch.cuda.max_memory_allocated()
-    else:
-        place, peak = "host", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    text = f"out of {place} memory, peak {peak / 2**30:.2f} GiB"
-    if cfg is not None:
-        batch, instances = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
-        half = max(batch // 2 // instances, 2) * instances
-        remedy = f"try {half}" if half < batch else "it is the smallest: try a smaller INPUT.SIZE_TRAIN"
-        text += f"; training with SOLVER.IMS_PER_BATCH {batch}: {remedy}"
-        text += f"; evaluating with TEST.IMS_PER_BATCH {cfg.TEST.IMS_PER_BATCH}: try {cfg.TEST.IMS_PER_BATCH // 2 or 1}"
-    return f"{text} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
 
 
 def _flush() -> None:

@@ -1,6 +1,7 @@
 """The door of evaluation, and its path: checkpoint -> embeddings of query and gallery -> ranks -> mAP, mINP, CMC.
 
-`python engine/evaluate.py --config_file FILE [--baselines] [KEY VALUE ...]`
+`python engine/evaluate.py --config_file FILE [--baselines] [KEY VALUE ...]`. The embeddings stay in
+OUTPUT_DIR/embeddings; `TEST.EMBEDDINGS FOLDER` ranks such a folder again, without a model.
 """
 
 import sys
@@ -18,9 +19,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(cfg: Config, *, baselines: bool = False) -> None:
-    from engine.evaluation import evaluate_checkpoint
+    from engine.evaluation import evaluate_checkpoint, evaluate_stored
 
-    evaluate_checkpoint(cfg, baselines=baselines)
+    if cfg.TEST.EMBEDDINGS:
+        evaluate_stored(cfg)
+    else:
+        evaluate_checkpoint(cfg, baselines=baselines)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import logging
 import math
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from dataloading import read_split
-from dataloading.loader import Batch, TrainLoader
-from dataloading.records import check_batch, check_images, scarce_persons
-from engine import checkpoint, parallel
+from dataloading.bad_images import BadImages
+from dataloading.loader import TrainLoader
+from dataloading.records import check_batch, scarce_persons
+from engine import checkpoint, manifest, memory, parallel
+from engine.boards import boards
 from engine.checkpoint import StorageError
 from engine.config import Config
 from engine.door import Stop, lock
@@ -22,7 +25,11 @@ from engine.metrics import Metrics, write_json
 from engine.optim import Optimizer
 from engine.restore import build, load_model
 from engine.retrieval import check_matches
-from fusionreid.losses import CenterLoss, head_names, reid_loss
+from engine.startup import Startup
+from engine.step import TrainStep
+from engine.tracing import Trace
+from engine.utilisation import images_per_s_at_peak
+from fusionreid.losses import CenterLoss
 from fusionreid.weights import load_pretrained
 
 SAVE_SECONDS = 600.0  # a checkpoint is also written at the end of an epoch that this much work would be lost with
@@ -36,44 +43,47 @@ log = logging.getLogger(__name__)
 class Run:
     """One training run of this process and its peers, in cfg.OUTPUT_DIR."""
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, startup: Startup | None = None) -> None:
+        startup = startup or Startup()
         self.cfg = cfg
         self.ranks = ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
         self.output = Path(cfg.OUTPUT_DIR)
         self.lock = lock(self.output) if ranks.main else None
-        self.split = ranks.first(lambda: read_split(cfg.DATASETS))
+        self.bad = BadImages(cfg.DATASETS.ON_BAD, self.output, ranks.main)
+        self.split = ranks.first(lambda: self.bad.check(read_split(cfg.DATASETS)))
         check_batch(self.split, cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE, ranks.world_size)
         check_cameras(self.split, self.split.cameras, cfg)
         check_matches(*split_ids(self.split))
         self.say(self.split.describe())
         if scarce := scarce_persons(self.split, cfg.DATALOADER.NUM_INSTANCE):
             self.say(f"{scarce} persons have fewer than {cfg.DATALOADER.NUM_INSTANCE} images: theirs repeat in a batch")
-        if ranks.main:
-            check_images((*self.split.train, *self.split.query, *self.split.gallery))
+        startup.lap("data set")
         torch.manual_seed(cfg.SOLVER.SEED)
         model = build(cfg, self.split.num_persons, self.split.num_cameras)
         for report in load_pretrained(model, cfg.MODEL):
             self.say(report.describe())
-        self.model = parallel.shard(model.to(ranks.device), ranks)
+        self.model = parallel.shard(model.to(ranks.device), ranks, cfg.PARALLEL)
         self.optimizer = Optimizer(self.model, cfg.SOLVER, ranks.device)
+        startup.lap("model")
         self.loader = TrainLoader(
             self.split, cfg.INPUT, cfg.DATALOADER, batch_size=cfg.SOLVER.IMS_PER_BATCH, seed=cfg.SOLVER.SEED,
-            rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)  # fmt: skip
+            rank=ranks.rank, world_size=ranks.world_size, device=ranks.device, bad_images=self.bad)  # fmt: skip
+        self.say(self.loader.note)
+        startup.lap("images")
         self.center_loss = None
         if cfg.MODEL.IF_WITH_CENTER:
             self.center_loss = CenterLoss(self.split.num_persons, model.heads[0].classifier.in_features)
             self.center_loss.to(ranks.device)
-        self.loss_options = loss_options(cfg, self.center_loss)
-        self.heads = head_names(cfg.MODEL.RES_USE, cfg.MODEL.TRANS_USE)
+        self.train_step = TrainStep(self.model, self.optimizer, cfg, ranks, self.center_loss)
         self.epoch, self.step_in_epoch, self.step = 1, 0, 0
         self.failed_saves, self.last_save = 0, time.monotonic()
-        self.sums = torch.zeros(2 * len(self.heads) + 2, device=ranks.device)  # since the last log
-        self.summed = 0  # steps in `sums`
-        self.bad_step = torch.full((), -1, device=ranks.device)  # of this epoch, the first with a non-finite loss
         self.stop = Stop()
         self.resume()
         total = self.loader.steps(1) * cfg.SOLVER.MAX_EPOCHS  # about: epochs differ by a few steps
-        self.metrics = Metrics(self.output, total, enabled=ranks.main, start_step=self.step)
+        self.metrics = self.open_metrics(total, startup)
+        self.trace = Trace(self.output, cfg.SOLVER.PROFILE, self.metrics)
+        self.loaded = memory.held()
+        startup.lap("resuming and logs")
 
     def train(self) -> Evaluation:
         """Train to the last epoch and return the last evaluation."""
@@ -83,12 +93,31 @@ class Run:
                 self.train_epoch()
                 result = self.finish_epoch()
             return result or self.evaluate()
+        except (MemoryError, RuntimeError) as error:
+            memory.explain(error, self.cfg, self.loaded, self.metrics.steps)
+            raise
         finally:
+            self.trace.close(self.step)
             self.loader.close()
             self.metrics.close()
             self.stop.close()
             if self.lock:
                 self.lock.close()
+
+    def open_metrics(self, total_steps: int, startup: Startup) -> Metrics:
+        """Logs and manifest of this start; the other ranks only count."""
+        if not self.ranks.main:
+            return Metrics(self.output, total_steps, enabled=False)
+        cfg, ranks = self.cfg, self.ranks
+        run, note = manifest.record(self.output, cfg, self.split, ranks.device, ranks.world_size, self.step)
+        if note:
+            self.say(note)
+        settings = cfg.model_dump(mode="json")
+        return Metrics(
+            self.output, total_steps, start_step=self.step, startup=startup,
+            boards=boards(cfg.SOLVER.LOGGERS, self.output, self.step, run, settings),
+            peak_images_per_s=images_per_s_at_peak(cfg, ranks.world_size),
+        )  # fmt: skip
 
     def finish_epoch(self) -> Evaluation | None:
         solver = self.cfg.SOLVER
@@ -105,9 +134,10 @@ class Run:
         self.optimizer.set_epoch(self.epoch)
         batches = self.loader.batches(self.epoch, self.step_in_epoch)
         for batch in self.metrics.watch(batches):
-            self.train_step(batch)
+            self.train_step(batch, self.step, self.stop.flag)
             self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
             self.metrics.progress(self.step, self.cfg.SOLVER.IMS_PER_BATCH)
+            self.trace.step(self.step)
             last = self.step_in_epoch == self.loader.steps(self.epoch)
             log_is_due = self.step % self.cfg.SOLVER.LOG_PERIOD == 0
             stop = (last or log_is_due or self.step % WATCH_STEPS[self.ranks.device.type] == 0) and self.watch()
@@ -116,40 +146,10 @@ class Run:
             if stop:
                 self.leave()
 
-    def train_step(self, batch: Batch) -> None:
-        """One update, enqueued without waiting for the device."""
-        solver = self.cfg.SOLVER
-        seed = self.step * self.ranks.world_size + self.ranks.rank
-        torch.manual_seed(solver.SEED + (seed << 32))  # of drop path: nothing random has a state to resume
-        with parallel.autocast(solver.PRECISION, self.ranks.device):
-            outputs = self.model(batch.images, batch.cameras)
-        loss = reid_loss(outputs, batch.persons, **self.loss_options)
-        self.optimizer.backward(loss.total)
-        hit = (outputs.logits[0].argmax(1) == batch.persons).float().mean()
-        wants_stop = torch.full_like(hit, self.stop.flag)
-        report = parallel.all_reduce_mean(
-            torch.cat([loss.identity, loss.triplet, hit[None], wants_stop[None]]).detach().float()
-        )
-        is_bad = ~report.isfinite().all() & (self.bad_step < 0)
-        self.bad_step = torch.where(is_bad, self.step_in_epoch, self.bad_step)
-        self.optimizer.step(self.bad_step >= 0)  # once set, no weight moves any more
-        if self.center_loss is not None:
-            self.learn_centers(self.center_loss, outputs.features[0].detach(), batch.persons)
-        self.sums += report
-        self.summed += 1
-
-    def learn_centers(self, center_loss: CenterLoss, features: Tensor, persons: Tensor) -> None:
-        """Centers follow the unweighted center loss at a rate of their own, the same on all ranks."""
-        centers = center_loss.centers
-        (gradient,) = torch.autograd.grad(center_loss(features, persons), centers)
-        parallel.all_reduce_mean(gradient)
-        centers.data -= torch.where(self.bad_step < 0, self.cfg.SOLVER.CENTER_LR * gradient, 0)
-        centers.grad = None
-
     def watch(self) -> bool:
         """Look at what the device found: beside the log the one wait for it. True if any rank was asked to stop."""
-        *sums, wants_stop = self.sums.tolist()
-        names = [f"{kind} loss of head {head}" for kind in ("identity", "triplet") for head in self.heads]
+        *sums, wants_stop = self.train_step.sums.tolist()
+        names = [f"{kind} loss of head {head}" for kind in ("identity", "triplet") for head in self.train_step.heads]
         bad = [name for name, value in zip(names, sums) if not math.isfinite(value)]
         if bad:
             self.report_non_finite(f"{', '.join(bad)} is not finite")
@@ -165,7 +165,8 @@ class Run:
 
     def report_non_finite(self, what: str) -> None:
         """Every rank comes here in the same step, before anything was updated or saved."""
-        step, size = max(int(self.bad_step), 0), self.cfg.SOLVER.IMS_PER_BATCH
+        first = self.step - self.step_in_epoch  # of this epoch
+        step, size = max(int(self.train_step.bad_step) - first, 0), self.cfg.SOLVER.IMS_PER_BATCH
         path = self.output / "non_finite.json"
         if self.ranks.main:
             batch = self.loader.plan(self.epoch).image[step * size : (step + 1) * size]
@@ -177,18 +178,20 @@ class Run:
         )
 
     def log(self) -> None:
-        count = len(self.heads)
-        mean = self.sums / self.summed
+        count = len(self.train_step.heads)
+        mean = self.train_step.sums / self.train_step.summed
         losses = {"loss": mean[: 2 * count].sum(), "identity": mean[:count], "triplet": mean[count : 2 * count]}
-        rate = self.optimizer.rate
-        self.metrics.log(self.step, epoch=self.epoch, **losses, accuracy=mean[-2], learning_rate=rate)
-        self.sums.zero_()
-        self.summed = 0
+        update = {"gradient_norm": self.optimizer.take_gradient_norm(), "learning_rate": self.optimizer.rate}
+        self.metrics.log(self.step, epoch=self.epoch, **losses, accuracy=mean[-2], **update)
+        self.train_step.clear()
 
     def evaluate(self) -> Evaluation:
         """Evaluate the weights just saved; the best checkpoint is kept whatever comes."""
         parallel.equalise_statistics(self.model)
-        result = evaluate(self.model, self.split, self.split.cameras, self.cfg, self.ranks)
+        average = self.train_step.average
+        with average.shown() if average else nullcontext():
+            result = evaluate(self.model, self.split, self.split.cameras, self.cfg, self.ranks)
+        parallel.reshard(self.model)
         self.metrics.event(f"epoch {self.epoch - 1}: {result.ranking.summary()}")
         if self.ranks.main:
             folder, score = self.output / "checkpoints", result.ranking.mAP
@@ -213,6 +216,8 @@ class Run:
         }  # fmt: skip
         if self.center_loss is not None:
             tensors["centers"] = {"centers": self.center_loss.centers.detach().cpu()}
+        if self.train_step.average is not None:
+            tensors["average"] = self.train_step.average.state()
         self.last_save = time.monotonic()
         if self.ranks.main:
             self.write(tensors)
@@ -252,6 +257,8 @@ class Run:
                              for entry, t in tensors["optimizer"].items()})  # fmt: skip
         if self.center_loss is not None:
             self.center_loss.load_state_dict(tensors["centers"])
+        if self.train_step.average is not None:
+            self.train_step.average.load(tensors["average"])
         self.epoch, self.step_in_epoch, self.step = state["epoch"], state["step_in_epoch"], state["step"]
         self.say(f"resumed from {path}: epoch {self.epoch}, step {self.step_in_epoch}")
 
@@ -260,28 +267,15 @@ class Run:
             print(text, flush=True)
 
 
-def loss_options(cfg: Config, center_loss: CenterLoss | None) -> dict[str, Any]:
-    """What `reid_loss` is asked for."""
-    model, solver = cfg.MODEL, cfg.SOLVER
-    return {
-        "margin": None if model.NO_MARGIN else solver.MARGIN,
-        "label_smoothing": 0.1 if model.IF_LABELSMOOTH else 0.0,
-        "id_weight": model.ID_LOSS_WEIGHT,
-        "triplet_weight": model.TRIPLET_LOSS_WEIGHT,
-        "center_loss": center_loss,
-        "center_weight": solver.CENTER_LOSS_WEIGHT,
-        "product_dtype": parallel.DTYPES[solver.PRECISION] if solver.TRIPLET_PRODUCTS == "amp" else None,
-    }
-
-
 def what_decides(cfg: Config) -> dict[str, Any]:
     """The keys that a resumed run must share with the one it continues, because the weights depend on them."""
     free = {
         "MODEL": {"DEVICE", "PRETRAIN_PATH", "PRETRAIN_PATH_R", "PRETRAIN_PATH_T"},
         "INPUT": {"SIZE_TEST"},
-        "DATASETS": {"ROOT_DIR"},
-        "DATALOADER": {"NUM_WORKERS"},
-        "SOLVER": {"CHECKPOINT_PERIOD", "EVAL_PERIOD", "LOG_PERIOD"},
+        "DATASETS": {"ROOT_DIR", "ON_BAD"},
+        "DATALOADER": {"NUM_WORKERS", "CACHE"},
+        "SOLVER": {"CHECKPOINT_PERIOD", "EVAL_PERIOD", "LOG_PERIOD", "LOGGERS", "PROFILE"},
+        "PARALLEL": {"CHECKPOINT", "COMPILE", "GRAPH", "SHARD"},
     }
     values = cfg.model_dump(mode="json")
     return {f"{section}.{key}": value for section in free for key, value in values[section].items()

@@ -1,4 +1,4 @@
-"""Where numbers go: one JSON line and one TensorBoard point per log, and a progress bar or plain lines for people.
+"""Where numbers go: one JSON line and one point on each board per log, and a progress bar or plain lines for people.
 
 Only `log` waits for the device. Nothing here ends a training: a full disk or a closed terminal costs the line alone.
 """
@@ -7,12 +7,17 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from engine import memory
+from engine.boards import Board, TensorBoard
+from engine.loglines import drop_after, points_of, to_host, with_nulls
+from engine.startup import Startup
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,24 +30,37 @@ class Metrics:
     """The numbers of one run, written by the rank for which `enabled` is true.
 
     A run that goes on after `start_step` drops later lines of the run before it: metrics.jsonl reads as if unbroken.
+    `boards` open by name, TensorBoard alone if None; of `peak_images_per_s`, where it is known, MFU is the share.
     """
 
-    def __init__(self, output_dir: Path, total_steps: int, enabled: bool = True, start_step: int = 0) -> None:
-        self.enabled = enabled
+    def __init__(
+        self,
+        output_dir: Path,
+        total_steps: int,
+        enabled: bool = True,
+        start_step: int = 0,
+        *,
+        boards: Mapping[str, Callable[[], Board]] | None = None,
+        peak_images_per_s: float | None = None,
+        startup: Startup | None = None,
+    ) -> None:
+        self.enabled, self.steps = enabled, 0  # finished by this process
         self._lines = Path(output_dir) / "metrics.jsonl"
         self._total_steps, self._start_step = total_steps, start_step
         self._start = self._window_start = perf_counter()
         self._images, self._waited = 0, 0.0  # since the last log
+        self._all_images, self._idle = 0, 0.0  # images in all; seconds of pauses
+        self._peak_images_per_s, self._startup = peak_images_per_s, startup
         self._bar: Any = None
-        self._board: Any = None
+        self._boards: dict[str, Board] = {}
         self._failed: set[str] = set()
         if enabled:
             with self._forgiving("metrics.jsonl"):
-                _drop_after(self._lines, start_step)
-            with self._forgiving("TensorBoard"):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._board = SummaryWriter(str(Path(output_dir) / "tensorboard"), purge_step=start_step + 1)
+                drop_after(self._lines, start_step)
+            plain = {"tensorboard": lambda: TensorBoard(Path(output_dir), start_step)}
+            for name, open_board in (plain if boards is None else boards).items():
+                with self._forgiving(name):
+                    self._boards[name] = open_board()
 
     def watch(self, batches: Iterable[T]) -> Iterator[T]:
         """The same batches; the time spent waiting for each is counted."""
@@ -64,12 +82,18 @@ class Metrics:
             yield
         finally:
             self._window_start += perf_counter() - start
+            self._idle += perf_counter() - start
 
     def progress(self, step: int, images: int) -> None:
-        """Count the images of a finished step (numbered from 1) and move the bar; the device is not waited for."""
+        """Count the images of a finished step (numbered from 1) and move the bar; only the first one is waited for."""
+        self.steps += 1
         self._images += images
+        self._all_images += images
         if not self.enabled:
             return
+        if self._startup is not None:
+            self.event(self._startup.first_step())
+            self._startup = None
         with self._forgiving("progress bar"):
             if self._bar is None and sys.stdout is not None and sys.stdout.isatty():
                 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -85,23 +109,28 @@ class Metrics:
         """Write scalars, or short vectors, under their names and return them as numbers.
 
         All tensors, which share a device, cross to the host in one copy: the only wait for the device. Images per
-        second and the share of time spent waiting for data are added for the steps since the last log.
+        second, MFU and the share of time spent waiting for data are added for the steps since the last log; the peak
+        of memory is that of the process. What is not finite is null in JSON, which has no word for it.
         """
         if not self.enabled:
             return {}
-        values = _to_host(scalars)
+        values = to_host(scalars)
         now = perf_counter()
         if self._images:
             seconds = now - self._window_start
-            values |= {"images_per_s": self._images / seconds, "data_wait": self._waited / seconds}
+            speed = self._images / seconds
+            values |= {"images_per_s": speed, "data_wait": self._waited / seconds, "peak_gib": memory.peak() / 2**30}
+            values |= {"mfu": speed / self._peak_images_per_s} if self._peak_images_per_s else {}
         self._window_start, self._images, self._waited = now, 0, 0.0
         line = {"step": step, **values, "seconds": round(now - self._start, 3)}
         with self._forgiving("metrics.jsonl"):
             self._lines.parent.mkdir(parents=True, exist_ok=True)
             with open(self._lines, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        with self._forgiving("TensorBoard"):
-            self._draw(step, values)
+                file.write(json.dumps(with_nulls(line), allow_nan=False) + "\n")
+        points = points_of(values)
+        for name, board in self._boards.items():
+            with self._forgiving(name):
+                board.draw(step, points)
         self._show(step, values, now - self._start)
         return values
 
@@ -118,22 +147,19 @@ class Metrics:
                 print(text, flush=True)
 
     def close(self) -> None:
-        """Finish the bar and the TensorBoard file."""
+        """Finish the bar and the boards, and say what the run took."""
         with self._forgiving("progress bar"):
             if self._bar is not None:
                 self._bar.close()
-        with self._forgiving("TensorBoard"):
-            if self._board is not None:
-                self._board.close()
-
-    def _draw(self, step: int, values: Mapping[str, Any]) -> None:
-        if self._board is None:
-            return
-        for name, value in values.items():
-            points = {f"{name}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
-            for point, number in points.items():
-                self._board.add_scalar(point, number, step)
-        self._board.flush()
+        self._bar = None
+        for name, board in self._boards.items():
+            with self._forgiving(name):
+                board.close()
+        if self.steps:
+            elapsed = perf_counter() - self._start
+            speed, peak = self._all_images / (elapsed - self._idle), memory.peak() / 2**30
+            took = timedelta(seconds=round(elapsed))
+            self.event(f"{self.steps} steps in {took}, {speed:.4g} images/s in training, peak {peak:.2f} GiB")
 
     def _show(self, step: int, values: Mapping[str, Any], elapsed: float) -> None:
         texts = {name: f"{value:.4g}" for name, value in values.items() if isinstance(value, float)}
@@ -163,32 +189,4 @@ def write_json(path: Path, value: Any) -> None:
         file.write(json.dumps(value, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _to_host(scalars: "Mapping[str, Tensor | float]") -> dict[str, Any]:
-    import torch
-
-    tensors = {name: value.detach() for name, value in scalars.items() if isinstance(value, torch.Tensor)}
-    flat = torch.cat([t.reshape(-1).double() for t in tensors.values()]).tolist() if tensors else []
-    values: dict[str, Any] = {}
-    for name, value in scalars.items():
-        count = tensors[name].numel() if name in tensors else 0
-        values[name] = (flat[:count] if tensors[name].ndim else flat[0]) if name in tensors else float(value)
-        flat = flat[count:]
-    return values
-
-
-def _drop_after(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, TypeError, KeyError):
-            continue  # the last line of a killed run
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     os.replace(temporary, path)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import SolverConfig
-from engine.parallel import all_reduce_max, local_shard
+from engine.parallel import all_reduce_max, all_reduce_mean, local_shard, shards_of
 
 WARMUP_START = 0.01  # of the base rate, the same absolute start for every group
 LOWEST = 0.002  # of the base rate, likewise
@@ -62,23 +62,24 @@ class Optimizer:
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for name, shard in self.shards.items():
             groups.setdefault(group_of(name, solver), []).append(shard)
+        self._parts = shards_of(next(iter(self.parameters.values())))
+        self.rate = solver.BASE_LR  # of the weights
+        exact = torch.float32 if device.type == "cuda" else torch.float64  # what a fused step reads there
         self.torch = _make(
-            [{"params": shards, "lr": rate, "base": rate, "weight_decay": decay}
-             for (rate, decay), shards in groups.items()], solver)  # fmt: skip
+            [{"params": shards, "lr": torch.tensor(rate, dtype=exact, device=device), "base": rate,
+              "weight_decay": decay} for (rate, decay), shards in groups.items()], solver, device)  # fmt: skip
         if solver.OPTIMIZER_NAME == "SGD" and solver.MOMENTUM > 0:
             for shard in self.shards.values():  # torch leaves it uninitialised if the first step is skipped
                 self.torch.state[shard]["momentum_buffer"] = torch.zeros_like(shard)
         self.scaler = LossScaler(device.type, enabled=solver.PRECISION == "fp16")
         self.skipped = torch.zeros((), device=device)  # steps skipped in a row
+        self._squares = torch.zeros(2, dtype=torch.float64, device=device)  # of gradient norms; steps among them
 
     def set_epoch(self, epoch: int) -> None:
+        """Learning rates are tensors that stay in place, on the device: a CUDA graph reads them at every replay."""
+        self.rate = learning_rate(epoch, self.solver.BASE_LR, self.solver)
         for group in self.torch.param_groups:
-            group["lr"] = learning_rate(epoch, group["base"], self.solver)
-
-    @property
-    def rate(self) -> float:
-        """The learning rate of the weights."""
-        return max(g["lr"] for g in self.torch.param_groups if g["base"] == self.solver.BASE_LR)
+            group["lr"].fill_(learning_rate(epoch, group["base"], self.solver))
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
@@ -88,6 +89,7 @@ class Optimizer:
         """Update all weights, or none if `non_finite` (0-d, on the device) is set or the scaled gradient overflowed."""
         for name, p in self.parameters.items():
             self.shards[name].grad = None if p.grad is None else local_shard(p.grad)
+        norm = self._norm_of_shards()
         if self.solver.MAX_GRAD_NORM > 0:
             self.scaler.unscale_(self.torch)
             nn.utils.clip_grad_norm_(self.parameters.values(), self.solver.MAX_GRAD_NORM)
@@ -100,8 +102,24 @@ class Optimizer:
             self.torch.grad_scale, self.torch.found_inf = None, flag
             self.torch.step()
         self.skipped.add_(1).mul_(flag)
+        self._squares += torch.where(flag > 0, 0, torch.stack([norm.square(), torch.ones_like(norm)]))
         for p in self.parameters.values():
             p.grad = None
+
+    @torch.no_grad()
+    def take_gradient_norm(self) -> Tensor:
+        """Root mean square of the gradient's norm before clipping (0-d) over the steps since this was last called.
+
+        Skipped steps are left out; nan without any other. All ranks call it; the host waits for nothing.
+        """
+        squares, steps = all_reduce_mean(self._squares.clone())
+        self._squares.zero_()
+        return (squares * self._parts / steps).sqrt()
+
+    def _norm_of_shards(self) -> Tensor:
+        """Of this rank's part of the gradient, 0-d in double precision, without the loss scale."""
+        norm = nn.utils.get_total_norm([s.grad for s in self.shards.values() if s.grad is not None]).double()
+        return norm / self.scaler._scale if self.scaler.is_enabled() else norm
 
     def state(self) -> dict[str, Tensor]:
         """Every state tensor of the optimiser under "<parameter>/<what>", as local shards."""
@@ -128,8 +146,8 @@ class Optimizer:
             self.scaler.load_state_dict(scaler)
 
 
-def _make(groups: Iterable[dict], solver: SolverConfig) -> torch.optim.Optimizer:
+def _make(groups: Iterable[dict], solver: SolverConfig, device: torch.device) -> torch.optim.Optimizer:
     if solver.OPTIMIZER_NAME == "SGD":
         return torch.optim.SGD(groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, fused=True)
     kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[solver.OPTIMIZER_NAME]
-    return kind(groups, lr=solver.BASE_LR, fused=True)
+    return kind(groups, lr=solver.BASE_LR, fused=True, capturable=device.type == "cuda")

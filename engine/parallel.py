@@ -1,9 +1,10 @@
 """Processes and shards: how a run starts, how a model is spread over ranks, and what crosses between them."""
 
 import logging
+import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -12,11 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from engine.compiling import blocks, compile_parts
+from engine.config import ParallelConfig
+from engine.exact import synchronise_norms
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+UNCOMPILED = ParallelConfig(COMPILE="off")
 TIMEOUT = timedelta(minutes=10)  # a rank that has not answered by then is dead
 
 
@@ -60,6 +66,7 @@ def start(device_type: str, *, required: bool = False) -> Ranks:
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # shapes are few and stay
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "WORLD_SIZE" in os.environ:
@@ -77,23 +84,43 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
 
 
-def shard(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """FSDP2 on every block of the Transformer and of the HTM, then on the whole; the same at every world size.
+def shard(model: nn.Module, ranks: Ranks, cfg: ParallelConfig = UNCOMPILED) -> nn.Module:
+    """What PARALLEL asks for, in the one order that works: batch norms, checkpointing, compile, FSDP2.
 
-    Parameters stay gathered between forward and backward: a model of this size fits, and one gather is saved.
+    FSDP2 is there at every world size. Parameters stay gathered between forward and backward: a model of this size
+    fits, and one gather is saved. A mesh of two dimensions, where SHARD is not all processes, is HSDP.
     """
+    if cfg.EXACT and ranks.world_size > 1:
+        synchronise_norms(model)
+    compile_parts(model, cfg, ranks.device)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes into an output
-    lists = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in ("blocks", "layers")]
-    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    for name in outermost:
-        for block in model.get_submodule(name).children():
-            fully_shard(block, mesh=ranks.mesh, reshard_after_forward=False)
-    return fully_shard(model, mesh=ranks.mesh, reshard_after_forward=False)
+    mesh = _mesh(ranks, cfg.SHARD)
+    for part in (*(blocks(model) if cfg.COMPILE != "whole" else ()), model):  # a whole graph has no place for gathers
+        fully_shard(part, mesh=mesh, reshard_after_forward=False)
+    return model
+
+
+def _mesh(ranks: Ranks, share: int) -> DeviceMesh:
+    """Processes that share one copy of the weights, in one or more such groups."""
+    if share in (0, ranks.world_size):
+        return ranks.mesh
+    if ranks.world_size % share:
+        raise DeviceError(f"PARALLEL.SHARD must divide the {ranks.world_size} processes, got {share}")
+    shape = ranks.world_size // share, share
+    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def local_shard(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; a tensor that is not sharded as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shards_of(tensor: Tensor) -> int:
+    """Into how many parts a tensor is cut; 1 if it is not sharded."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if placement.is_shard())
 
 
 def full_tensor(tensor: Tensor, like: Tensor | None = None) -> Tensor:
@@ -113,8 +140,10 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:
     """Mean over ranks, in place."""
-    dist.all_reduce(tensor)
-    return tensor.div_(dist.get_world_size())
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor.div_(dist.get_world_size())
+    return tensor
 
 
 def all_reduce_max(tensor: Tensor) -> Tensor:
@@ -136,10 +165,22 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def equalise_statistics(model: nn.Module) -> None:
-    """Batch-norm running statistics become their mean over ranks: one flat reduction."""
-    floats = [b for b in model.buffers() if b.is_floating_point()]
-    if dist.get_world_size() == 1 or not floats:
+    """Batch-norm running statistics become their mean over ranks."""
+    equalise([buffer for buffer in model.buffers() if buffer.is_floating_point()])
+
+
+@torch.no_grad()
+def equalise(tensors: Sequence[Tensor]) -> None:
+    """Each becomes its mean over ranks, in place: one flat reduction."""
+    if dist.get_world_size() == 1 or not tensors:
         return
-    flat = all_reduce_mean(torch.cat([b.flatten() for b in floats]))
-    for buffer, part in zip(floats, flat.split([b.numel() for b in floats]), strict=True):
-        buffer.copy_(part.view_as(buffer))
+    flat = all_reduce_mean(torch.cat([t.flatten() for t in tensors]))
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of the gathered weights: no backward pass has done so after an evaluation, and they may be old by then."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -6,66 +6,84 @@ Source: Zhong et al., Re-ranking Person Re-identification with k-reciprocal Enco
 published code with double in place of its half precision. N = Q + G images, queries first.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.retrieval import Metric
-from kernels import nearest_neighbours
+from engine.retrieval import Metric, part
+from kernels import neighbour_lists
 
 BLOCK_ROWS = 256
 PAIR_ELEMENTS = 2**18  # feature values compared at once
-OVERLAPS = 2**18  # pairs of sparse entries met at once
+Gather = Callable[[Tensor], Tensor]  # the rows that all processes hold, one's below the other's
 
 
 def k_reciprocal(
     query: Tensor, gallery: Tensor, k1: int = 20, k2: int = 6, weight: float = 0.3, *, metric: Metric = "cosine"
 ) -> Tensor:
     """Re-ranked distances (Q, G) of features (Q, D) and (G, D). The published evaluator uses k1 50, k2 15."""
-    return torch.cat(list(rerank_blocks(query, gallery, k1, k2, weight, metric=metric)))
+    features = torch.cat([query, gallery])
+    return torch.cat(list(rerank_blocks(features, len(query), k1, k2, weight, metric=metric)))
 
 
 @torch.no_grad()
 def rerank_blocks(
-    query: Tensor, gallery: Tensor, k1: int = 20, k2: int = 6, weight: float = 0.3, *, metric: Metric = "cosine"
+    features: Tensor,
+    num_query: int,
+    k1: int = 20,
+    k2: int = 6,
+    weight: float = 0.3,
+    *,
+    metric: Metric = "cosine",
+    share: tuple[int, int] = (0, 1),
+    gather: Gather = lambda rows: rows,
 ) -> Iterator[Tensor]:
-    """The same as consecutive blocks of rows (b, G), for `retrieval.rank_blocks`."""
+    """The same for features (N, D), as consecutive blocks of rows (b, G), for `retrieval.rank_blocks`.
+
+    share (i, n): process i of n does its part of every stage, `gather` brings the parts together in between, and the
+    rows are those of the i-th share of the queries.
+    """
     if k1 < 1 or k2 < 1 or not 0 <= weight <= 1:
         raise ValueError(f"re-ranking needs k1 and k2 of 1 or more and a weight in [0, 1], got {k1}, {k2}, {weight}")
-    features = torch.cat([query, gallery]).to(torch.promote_types(query.dtype, torch.float32))
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
     if metric == "cosine":
         features = F.normalize(features)
-    num_query, num_images = len(query), len(features)
-    near = nearest_neighbours(features, features, min(max(k1 + 1, k2), num_images))
-    farthest = near.farthest.to(features).clamp_min(torch.finfo(features.dtype).tiny)
+    num_images, mine = len(features), part(len(features), share)
+    near = neighbour_lists(features, min(max(k1 + 1, k2), num_images), rows=mine)
+    farthest = gather(near.farthest).to(features).clamp_min(torch.finfo(features.dtype).tiny)
+    neighbours = gather(near.indices)
     known = near.distances[:, : k1 + 1].to(features)
-    row, column, square = _reciprocal_sets(near.indices[:, : k1 + 1], known, round(k1 / 2) + 1)
+    row, column, square = _reciprocal_sets(neighbours[:, : k1 + 1], known, round(k1 / 2) + 1, mine)
     new = square.isnan().nonzero().flatten()
-    square[new] = _squared_distances(features, row[new], column[new])
-    value = (-square / farthest[row]).exp()
-    value /= torch.zeros_like(farthest).index_add_(0, row, value)[row]
-    rows = _expanded(_Sparse.of(row, column, value, num_images), near.indices[:, :k2])
-    lists = rows.transposed(num_query, num_images)
-    squares = features.square().sum(1)
-    for start in range(0, num_query, BLOCK_ROWS):
-        block = slice(start, min(start + BLOCK_ROWS, num_query))
+    square[new] = _squared_distances(features, row[new] + mine.start, column[new])
+    value = (-square / farthest[mine][row]).exp()
+    value /= value.new_zeros(len(known)).index_add_(0, row, value)[row]
+    rows = _Sparse.of(row, column, value, len(known)).gathered(gather)
+    rows = _expanded(rows, neighbours[mine, :k2]).gathered(gather)
+    lists = rows.transposed(slice(num_query, num_images), num_images)
+    squares = features.norm(dim=1).square()
+    queries = part(num_query, share)
+    for start in range(queries.start, queries.stop, BLOCK_ROWS):
+        block = slice(start, min(start + BLOCK_ROWS, queries.stop))
         distance = squares[block, None] + squares[num_query:] - 2 * features[block] @ features[num_query:].T
-        overlap = _overlap(rows, lists, block, num_images - num_query)
+        overlap = _overlap(rows.transposed(block, num_images), lists, len(distance), num_images - num_query)
         jaccard = 1 - overlap / (2 - overlap)
         yield (1 - weight) * jaccard + weight * distance.clamp_min_(0) / farthest[block, None]
 
 
-def _reciprocal_sets(neighbours: Tensor, distances: Tensor, num_half: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Entries (row, column), sorted: each image's k-reciprocal set, grown by its members' half-size sets that lie in it
-    by more than 2/3. Third, their squared distances, NaN where the column is not among the row's neighbours."""
+def _reciprocal_sets(
+    neighbours: Tensor, distances: Tensor, num_half: int, mine: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries (row of `mine`, column), sorted: each image's k-reciprocal set, grown by its members' half-size sets that
+    lie in it by more than 2/3. Third, their squared distances, NaN where the column is no neighbour of the row."""
     half = neighbours[:, :num_half]
-    mutual, mutual_half = _is_mutual(neighbours), _is_mutual(half)
-    num_images, entries, squares = len(neighbours), [], []
-    for start in range(0, num_images, BLOCK_ROWS):
-        near, own = neighbours[start : start + BLOCK_ROWS], mutual[start : start + BLOCK_ROWS]  # (b, K)
+    mutual, mutual_half = _is_mutual(neighbours, mine), _is_mutual(half, slice(0, len(half)))
+    num_images, own_neighbours, entries, squares = len(neighbours), neighbours[mine], [], []
+    for start in range(0, len(own_neighbours), BLOCK_ROWS):
+        near, own = own_neighbours[start : start + BLOCK_ROWS], mutual[start : start + BLOCK_ROWS]  # (b, K)
         members = torch.zeros(len(near), num_images + 1, dtype=torch.bool, device=near.device)  # last column: nobody
         members.scatter_(1, near.where(own, num_images), True)
         theirs, in_theirs = half[near], mutual_half[near]  # (b, K, half)
@@ -77,14 +95,14 @@ def _reciprocal_sets(neighbours: Tensor, distances: Tensor, num_half: int) -> tu
         known.scatter_(1, near, distances[start : start + BLOCK_ROWS])
         squares.append(known[entry[:, 0], entry[:, 1]])
         entries.append(entry + torch.tensor([start, 0], device=near.device))
-    row, column = torch.cat(entries).unbind(1)
-    return row, column, torch.cat(squares)
+    row, column = torch.cat([near.new_zeros(0, 2), *entries]).unbind(1) if entries else neighbours.new_zeros(2, 0)
+    return row, column, torch.cat([distances.new_zeros(0), *squares])
 
 
-def _is_mutual(neighbours: Tensor) -> Tensor:
-    """Whether each neighbour has the image among its own neighbours (N, K)."""
-    images = torch.arange(len(neighbours), device=neighbours.device)[:, None, None]
-    blocks = zip(neighbours.split(BLOCK_ROWS), images.split(BLOCK_ROWS))
+def _is_mutual(neighbours: Tensor, rows: slice) -> Tensor:
+    """Whether each neighbour of these rows has the image among its own neighbours (b, K)."""
+    images = torch.arange(rows.start, rows.stop, device=neighbours.device)[:, None, None]
+    blocks = zip(neighbours[rows].split(BLOCK_ROWS), images.split(BLOCK_ROWS))
     return torch.cat([(neighbours[near] == image).any(2) for near, image in blocks])
 
 
@@ -95,21 +113,19 @@ def _squared_distances(features: Tensor, row: Tensor, column: Tensor) -> Tensor:
 
 
 def _expanded(rows: "_Sparse", nearest: Tensor) -> "_Sparse":
-    """Every row replaced by the mean of the rows of its nearest images (N, k2)."""
-    num_images, k2 = nearest.shape
-    if k2 == 1:
-        return rows
-    entries, values = [], []
-    for start in range(0, num_images, BLOCK_ROWS):
-        near = nearest[start : start + BLOCK_ROWS]
+    """The mean of the rows of the nearest images, for each row of nearest (b, k2)."""
+    num_images, k2 = len(rows.length), nearest.shape[1]
+    lengths, columns, values = [rows.length[:0]], [rows.column[:0]], [rows.value[:0]]
+    for near in nearest.split(BLOCK_ROWS):
         owner, place = _spread(rows.start[near.flatten()], rows.length[near.flatten()])
         dense = rows.value.new_zeros(len(near), num_images)
         dense.view(-1).index_add_(0, owner // k2 * num_images + rows.column[place], rows.value[place] / k2)
-        entry = dense.nonzero()
-        entries.append(entry + torch.tensor([start, 0], device=entry.device))
-        values.append(dense[entry[:, 0], entry[:, 1]])
-    row, column = torch.cat(entries).unbind(1)
-    return _Sparse.of(row, column, torch.cat(values), num_images)
+        row, column = dense.nonzero(as_tuple=True)
+        lengths.append(torch.bincount(row, minlength=len(near)))
+        columns.append(column.int())
+        values.append(dense[row, column])
+    length = torch.cat(lengths)
+    return _Sparse(length.cumsum(0) - length, length, torch.cat(columns), torch.cat(values))
 
 
 class _Sparse(NamedTuple):
@@ -117,34 +133,42 @@ class _Sparse(NamedTuple):
 
     start: Tensor  # of each row, in the entries
     length: Tensor  # of each row
-    column: Tensor
+    column: Tensor  # int32: at the size of a data set these are most of the memory
     value: Tensor
 
     @classmethod
     def of(cls, row: Tensor, column: Tensor, value: Tensor, num_rows: int) -> "_Sparse":
         length = torch.bincount(row, minlength=num_rows)
-        return cls(length.cumsum(0) - length, length, column, value)
+        return cls(length.cumsum(0) - length, length, column.int(), value)
 
-    def transposed(self, first_row: int, num_columns: int) -> "_Sparse":
-        """Of the rows from `first_row` on, counted from there: by column, which rows have an entry in it."""
-        row = torch.arange(len(self.length), device=self.length.device).repeat_interleave(self.length)
-        mine = slice(int(self.start[first_row]), None)
-        order = self.column[mine].argsort(stable=True)
-        return _Sparse.of(self.column[mine][order], row[mine][order] - first_row, self.value[mine][order], num_columns)
+    def gathered(self, gather: Gather) -> "_Sparse":
+        """The rows of all processes."""
+        length = gather(self.length)
+        return _Sparse(length.cumsum(0) - length, length, gather(self.column), gather(self.value))
+
+    def transposed(self, rows: slice, num_columns: int) -> "_Sparse":
+        """Of some rows, counted from the first of them: by column, which rows have an entry in it."""
+        length = self.length[rows]
+        first = int(self.start[rows.start]) if len(length) else 0
+        mine = slice(first, first + int(length.sum()))
+        row = torch.arange(len(length), dtype=torch.int32, device=length.device).repeat_interleave(length)
+        column, order = self.column[mine].sort(stable=True)
+        return _Sparse.of(column, row[order], self.value[mine][order], num_columns)
 
 
-def _overlap(rows: _Sparse, lists: _Sparse, block: slice, num_gallery: int) -> Tensor:
-    """sum_x min(V[q, x], V[g, x]) of a block of queries (b, G): each entry of q meets the list of its column."""
-    overlap = rows.value.new_zeros(block.stop - block.start, num_gallery)
-    query, entry = _spread(rows.start[block], rows.length[block])
-    work = lists.length[rows.column[entry]].cumsum(0)
-    sizes = torch.bincount(work // OVERLAPS).tolist()
-    for query_part, entry_part in zip(query.split(sizes), entry.split(sizes)):
-        column, value = rows.column[entry_part], rows.value[entry_part]
-        owner, place = _spread(lists.start[column], lists.length[column])
-        target = query_part[owner] * num_gallery + lists.column[place]
-        overlap.view(-1).index_add_(0, target, torch.minimum(value[owner], lists.value[place]))
-    return overlap
+def _overlap(queries: _Sparse, gallery: _Sparse, num_query: int, num_gallery: int) -> Tensor:
+    """sum_x min(V[q, x], V[g, x]) (b, G) of two transposed matrices: in each column x, all queries meet all gallery."""
+    overlap = queries.value.new_zeros(num_query * num_gallery)
+    columns = zip(
+        (queries.column.long() * num_gallery)[:, None].split(queries.length.tolist()),
+        queries.value[:, None].split(queries.length.tolist()),
+        gallery.column.split(gallery.length.tolist()),
+        gallery.value.split(gallery.length.tolist()),
+    )
+    for q, weight, g, other in columns:
+        if len(q) and len(g):
+            overlap.scatter_add_(0, (q + g).view(-1), torch.minimum(weight, other).view(-1))
+    return overlap.view(num_query, num_gallery)
 
 
 def _spread(start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -15,6 +16,14 @@ from fusionreid.formats import read_state
 from fusionreid.weights import WeightsError, load_published
 
 log = logging.getLogger(__name__)
+
+
+class Trained(NamedTuple):
+    """A model and what its training saw."""
+
+    model: FusionReID
+    cameras: tuple[int, ...]
+    dataset: str | None  # DATASETS.NAMES; None: not known
 
 
 def build(cfg: Config, num_classes: int, num_cameras: int) -> FusionReID:
@@ -48,14 +57,14 @@ def find_checkpoint(cfg: Config) -> Path:
     return path
 
 
-def restore(path: Path, cfg: Config) -> tuple[FusionReID, tuple[int, ...]]:
-    """The trained model and the cameras it has seen, from a checkpoint folder or a file of the published code."""
+def restore(path: Path, cfg: Config) -> Trained:
+    """The trained model, from a checkpoint folder or a file of the published code."""
     if path.is_dir():
         tensors, state = checkpoint.load(path)
         _warn_of_differences(cfg, Config.from_dict(state["config"]))
         model = build(cfg, state["classes"], max(state["cameras"]) + 1)
-        load_model(model, tensors["model"])
-        return model, tuple(state["cameras"])
+        load_model(model, tensors["model"] | tensors.get("average", {}))  # of the weights, if one was kept
+        return Trained(model, tuple(state["cameras"]), state["config"]["DATASETS"]["NAMES"])
     published = read_state(path)
     classes = {len(t) for name, t in published.items() if re.search(r"classifier(_\d)?\.weight$", name)}
     if len(classes) != 1:
@@ -63,7 +72,7 @@ def restore(path: Path, cfg: Config) -> tuple[FusionReID, tuple[int, ...]]:
     cameras = max((len(t) for name, t in published.items() if name.endswith("sie_embed")), default=1)
     model = build(cfg, classes.pop(), cameras)
     load_published(model, published)
-    return model, tuple(range(cameras))
+    return Trained(model, tuple(range(cameras)), None)
 
 
 def _warn_of_differences(cfg: Config, trained: Config) -> None:

@@ -60,20 +60,29 @@ class Ranking:
         return (total / self.num_matches)[self.num_matches > 0]
 
     @cached_property
+    def inverse_penalties(self) -> Tensor:
+        """Number of matches by the rank of the last one, of every valid query (num_valid,) fp64."""
+        valid = self.num_matches > 0
+        return self.num_matches[valid].double() / self.ranks[self.offsets[1:][valid] - 1]
+
+    @cached_property
+    def first_ranks(self) -> Tensor:
+        """Rank of the nearest match of every valid query (num_valid,)."""
+        return self.ranks[self.offsets[:-1][self.num_matches > 0]]
+
+    @cached_property
     def mAP(self) -> float:
         return self.average_precisions.mean().item()
 
     @cached_property
     def mINP(self) -> float:
-        """Mean over queries of the number of matches by the rank of the last one."""
-        valid = self.num_matches > 0
-        last = self.ranks[self.offsets[1:][valid] - 1]
-        return (self.num_matches[valid].double() / last).mean().item()
+        """Mean of the inverse penalties."""
+        return self.inverse_penalties.mean().item()
 
     @cached_property
     def cmc(self) -> Tensor:
         """Share of the queries with a match among the first r = 1 to max_rank (max_rank,) fp64."""
-        best = self.ranks[self.offsets[:-1][self.num_matches > 0]]
+        best = self.first_ranks
         found = torch.bincount(best[best <= self.max_rank] - 1, minlength=self.max_rank)
         return found.cumsum(0).double() / len(best)
 
@@ -88,6 +97,12 @@ class Ranking:
         ends = torch.cat([part.num_matches for part in parts]).cumsum(0)
         ranks, offsets = torch.cat([part.ranks for part in parts]), torch.cat([ends.new_zeros(1), ends])
         return cls(ranks, offsets, parts[0].max_rank, sum(part.recomputed for part in parts))
+
+
+def part(count: int, share: tuple[int, int]) -> slice:
+    """The i-th of n consecutive shares of `count` things, for share (i, n)."""
+    index, number = share
+    return slice(count * index // number, count * (index + 1) // number)
 
 
 def rank(
@@ -106,12 +121,11 @@ def rank(
     ids = _ids(len(query), len(gallery), query_persons, gallery_persons, query_cameras, gallery_cameras,
                device=query.device)  # fmt: skip
     check_matches(*ids)
-    index, num_shares = share
-    part = slice(len(query) * index // num_shares, len(query) * (index + 1) // num_shares)
-    if part.start == part.stop:
+    rows = part(len(query), share)
+    if rows.start == rows.stop:
         return Ranking(ids[0].new_zeros(0), ids[0].new_zeros(1), max_rank)
     counts = rank_counts(
-        query[part], gallery, ids[0][part], ids[1], ids[2][part], ids[3], normalize=_normalized(metric)
+        query[rows], gallery, ids[0][rows], ids[1], ids[2][rows], ids[3], normalize=_normalized(metric)
     )
     return Ranking(counts.ranks, counts.offsets, max_rank, counts.recomputed)
 
@@ -124,19 +138,20 @@ def rank_blocks(
     gallery_cameras: Ids,
     *,
     max_rank: int = 50,
+    share: tuple[int, int] = (0, 1),
 ) -> Ranking:
-    """The same from given distances, such as `rerank.rerank_blocks`: consecutive rows (b, G), not kept."""
+    """The same from given distances, such as `rerank.rerank_blocks`: consecutive rows (b, G) of the share, not kept."""
     ids = _ids(len(query_persons), len(gallery_persons), query_persons, gallery_persons, query_cameras, gallery_cameras)
     check_matches(*ids)
-    parts, start = [], 0
+    mine = part(len(ids[0]), share)
+    parts, start = [Ranking(ids[0].new_zeros(0), ids[0].new_zeros(1), max_rank)], mine.start
     for block in blocks:
         rows = slice(start, start + len(block))
-        mine = (ids[0][rows], ids[1], ids[2][rows], ids[3])
-        counts = rank_counts_of(block, *(t.to(block.device) for t in mine))
+        counts = rank_counts_of(block, *(t.to(block.device) for t in (ids[0][rows], ids[1], ids[2][rows], ids[3])))
         parts.append(Ranking(counts.ranks, counts.offsets, max_rank))
         start = rows.stop
-    if start != len(ids[0]):
-        raise ValueError(f"rank_blocks: the blocks have {start} rows for {len(ids[0])} queries")
+    if start != mine.stop:
+        raise ValueError(f"rank_blocks: the blocks have {start - mine.start} rows for {mine.stop - mine.start} queries")
     return Ranking.merge(parts)
 
 
@@ -176,8 +191,6 @@ def _ids(num_query: int, num_gallery: int, *given: Ids, device: torch.device | s
     names = "query_persons", "gallery_persons", "query_cameras", "gallery_cameras"
     ids = tuple(torch.as_tensor(values, device=device).long() for values in given)
     for name, tensor, count in zip(names, ids, (num_query, num_gallery) * 2, strict=True):
-        if count == 0:
-            raise RetrievalError(f"nothing to rank: {name.split('_')[0]} has no image")
         if tensor.shape != (count,):
             raise ValueError(f"{name} must hold one id for each of the {count} features, got {tuple(tensor.shape)}")
     return ids
@@ -186,7 +199,10 @@ def _ids(num_query: int, num_gallery: int, *given: Ids, device: torch.device | s
 def check_matches(
     query_persons: Tensor, gallery_persons: Tensor, query_cameras: Tensor, gallery_cameras: Tensor
 ) -> None:
-    """RetrievalError, which explains the rule of cameras, if no query has a match."""
+    """RetrievalError, which explains the rule of cameras, if no query has a match; also if there is no image at all."""
+    for name, persons in (("query", query_persons), ("gallery", gallery_persons)):
+        if not len(persons):
+            raise RetrievalError(f"nothing to rank: {name} has no image")
     same_person = _num_equal(query_persons, gallery_persons)
     junk = _num_junk(query_persons, gallery_persons, query_cameras, gallery_cameras)
     if (same_person > junk).any():

@@ -7,7 +7,9 @@ if __name__ == "__main__":  # a script's own folder must not hide modules, and i
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from engine import door
+from engine.boards import check_boards
 from engine.config import Config
+from engine.startup import Startup
 from fusionreid.pretrained import check_weights
 
 
@@ -16,10 +18,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(cfg: Config) -> None:
+    startup = Startup()
     check_weights(cfg.MODEL)
+    check_boards(cfg.SOLVER.LOGGERS)
     from engine.loop import Run  # torch loads only now: a mistake in the configuration has shown at once
 
-    Run(cfg).train()
+    startup.lap("imports")
+    Run(cfg, startup).train()
 
 
 if __name__ == "__main__":

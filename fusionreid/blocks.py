@@ -4,9 +4,9 @@ Source: Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv:2010.11929. B i
 """
 
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor, nn
 
+from fusionreid.drop_path import DropPath
 from kernels import dual_self_attention
 
 
@@ -98,8 +98,8 @@ class Block(nn.Module):
         )
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = Mlp(width, int(width * mlp_ratio), dropout=dropout)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path1, self.drop_path2 = (DropPath(drop_path) if drop_path > 0 else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-ERASING_NOISE, AUGMENTATION, SAMPLING = 0, 1, 2  # purposes: the last counter word
+ERASING_NOISE, AUGMENTATION, SAMPLING, DROP_PATH = range(4)  # purposes: the last counter word
 
 WORD = 0xFFFFFFFF
 Words = tuple[Tensor, Tensor, Tensor, Tensor]  # int64 holding uint32

@@ -2,22 +2,35 @@
 
 A gallery image of the query's person is a match if its camera is another one, and else no valid image at all. Exact:
 the ranks of the fp64 distances of the given features, ties by gallery index. A fast fp32 product settles every pair
-outside its error bound around a match's fp64 distance; those inside are computed in fp64. No distance matrix, no sort.
-Q queries, G gallery, M matches of all queries, T most matches of one query, b queries in a block.
+outside its error bound around a match's fp64 distance, products summed in fp64 settle nearly all of the others, and
+fp64 throughout the rest. No distance matrix, no sort.
+Q queries, G gallery, M matches of all queries, T most matches of one query, b queries in a block, P pairs.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._distances import Rows, error_bound, exact_distances, fast_distances, full_precision, scaled
+from kernels import ranking_tiles
+from kernels._distances import (
+    Rows,
+    close_bound,
+    close_distances,
+    error_bound,
+    exact_distances,
+    fast_distances,
+    full_precision,
+    scaled,
+)
+from kernels._path import use_triton
 
 QUERY_BLOCK = GALLERY_BLOCK = 1024
-TALLY_ROWS, EXACT_PAIRS = 128, 4096  # looked at and decided at once
+TALLY_ROWS, PAIRS = 128, 4096  # looked at and decided at once
+FEW = 1 / 16  # share of near pairs below which they are picked out
+
+Measure = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # rows, columns (P,) -> fp64 distances, their bound (P,)
 
 
 class RankCounts(NamedTuple):
@@ -48,13 +61,17 @@ def rank_counts(
     with full_precision(query.device):
         queries, items = Rows.both(query, gallery, normalize)
         parts = []
-        for start in range(0, len(query), QUERY_BLOCK):
-            block = slice(start, min(start + QUERY_BLOCK, len(query)))
-            q, g, match = _same_person(query_persons[block], gallery_persons, query_cameras[block], gallery_cameras)
-            distances = exact_distances(queries, items, q[match] + start, g[match])
-            matches = _nearest_first(distances, q[match], g[match], block.stop - start)
-            parts.append(_count_features(queries, items, block, matches, q, g))
-    return _joined(parts)
+        order = _most_first(query_persons, gallery_persons)  # the padding to T costs time
+        tiles = use_triton(queries.features) and queries.features.shape[1] <= ranking_tiles.WIDEST
+        for rows in order.split(ranking_tiles.QUERIES if tiles else QUERY_BLOCK):
+            q, g, match = _same_person(query_persons[rows], gallery_persons, query_cameras[rows], gallery_cameras)
+            distances = exact_distances(queries, items, rows[q[match]], g[match])
+            matches = _nearest_first(distances, q[match], g[match], len(rows))
+            persons = query_persons[rows], gallery_persons
+            counted = ranking_tiles.tally_features(queries, items, rows, *matches, *persons) if tiles else None
+            tally, recomputed = counted or _count_features(queries, items, rows, matches, q, g)
+            parts.append((tally, matches, recomputed))
+    return _joined(parts, order)
 
 
 def rank_counts_of(
@@ -67,9 +84,20 @@ def rank_counts_of(
     matches = _nearest_first(distances[q[match], g[match]].double(), q[match], g[match], len(distances))
     values = distances.index_put((q, g), torch.tensor(torch.inf, dtype=distances.dtype, device=distances.device))
     tally = torch.zeros_like(matches.indices)
-    edges = _edges(matches.distances, 0, distances.dtype)
-    _add_tally(tally, values, *edges, matches, lambda rows, columns: values[rows, columns].double())
-    return _joined([(tally, matches, 0)])
+
+    def given(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        value = values[rows, columns].double()
+        return value, torch.zeros_like(value)
+
+    _add_tally(tally, values, *_edges(matches.distances, 0, distances.dtype), matches, [given])
+    return _joined([(tally, matches, 0)], torch.arange(len(distances), device=distances.device))
+
+
+def _most_first(query_persons: Tensor, gallery_persons: Tensor) -> Tensor:
+    """The queries (Q,) in the order of how many gallery images show their person."""
+    ordered = gallery_persons.sort().values
+    counts = torch.searchsorted(ordered, query_persons, right=True) - torch.searchsorted(ordered, query_persons)
+    return counts.argsort(stable=True, descending=True)
 
 
 def _same_person(
@@ -95,67 +123,101 @@ def _nearest_first(distances: Tensor, q: Tensor, g: Tensor, num_queries: int) ->
 
 
 def _count_features(
-    queries: Rows, items: Rows, block: slice, matches: _Matches, q: Tensor, g: Tensor
-) -> tuple[Tensor, _Matches, int]:
+    queries: Rows, items: Rows, block: Tensor, matches: _Matches, q: Tensor, g: Tensor
+) -> tuple[Tensor, int]:
     tally, recomputed = torch.zeros_like(matches.indices), 0
     if not tally.numel():
-        return tally, matches, recomputed
+        return tally, recomputed
     centre = matches.distances - queries.length[block, None].square()
     edges = _edges(centre, error_bound(queries, items, block)[:, None], torch.float32)
-    exact = partial(exact_distances, queries, items)
+    bound = close_bound(queries, items, block)
+
+    def close(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        return close_distances(queries, items, block[rows], columns), bound[rows]
+
+    def exact(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        return exact_distances(queries, items, block[rows], columns), torch.zeros_like(bound[rows])
+
     for columns, values in fast_distances(scaled(queries, block), items, GALLERY_BLOCK):
         here = (g >= columns.start) & (g < columns.stop)
         values[q[here], g[here] - columns.start] = torch.inf  # the query's own person is not counted here
-        recomputed += _add_tally(tally, values, *edges, matches, exact, block.start, columns.start)
-    return tally, matches, recomputed
+        recomputed += _add_tally(tally, values, *edges, matches, [close, exact], columns.start)
+    return tally, recomputed
 
 
 def _edges(centre: Tensor, bound: Tensor | int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A distance left of lower (b, T) comes before the match; one right of upper (b, 1 + T) after the match before."""
-    upper = (centre + bound).masked_fill(centre.isinf(), -torch.inf)
-    return (centre - bound).to(dtype), F.pad(upper, (1, 0), value=-torch.inf).to(dtype)
+    """A distance below lower (b, T) comes before the match, one above upper (b, T) after it; padding: all after."""
+    padding = centre.isinf()
+    return tuple((centre + side).masked_fill(padding, -torch.inf).to(dtype) for side in (-bound, bound))
 
 
 def _add_tally(
-    tally: Tensor,
-    values: Tensor,
-    lower: Tensor,
-    upper: Tensor,
-    matches: _Matches,
-    exact: Callable[[Tensor, Tensor], Tensor],
-    first_row: int = 0,
+    tally: Tensor, values: Tensor, lower: Tensor, upper: Tensor, matches: _Matches, measures: Sequence[Measure],
     first_column: int = 0,
-) -> int:
-    """Add to tally (b, T) how many columns of values come before each match; returns how many had to ask `exact`."""
-    width, asked = lower.shape[1], 0
-    for start in range(0, len(values), TALLY_ROWS):
+) -> int:  # fmt: skip
+    """Add to tally (b, T) how many columns of values come before each match; returns how many values left open."""
+    asked = 0
+    for start in range(0, len(values) if tally.numel() else 0, TALLY_ROWS):
         block = slice(start, start + TALLY_ROWS)
-        value = values[block]
-        near = value <= upper[block].amax(1, keepdim=True)  # the others come after every match
-        if near.count_nonzero() * 8 < near.numel():  # as for a trained model: look at these only
-            place = torch.full_like(value, width, dtype=torch.int32)
+        value, before, after, mine = values[block], lower[block], upper[block], tally[block]
+        near = value <= after.amax(1, keepdim=True)  # the others come after every match
+        if near.count_nonzero() <= FEW * near.numel():  # as for a trained model: look at these only
             r, c = near.nonzero(as_tuple=True)
-            place[r, c] = (lower[r + start] <= value[r, c, None]).sum(1, dtype=torch.int32)
+            surely = value[r, c, None] < before[r]
+            mine.index_add_(0, r, surely.to(mine.dtype))
         else:
-            place = torch.searchsorted(lower[block], value, right=True, out_int32=True)  # first it surely comes before
-        r, c = (value <= upper[block].gather(1, place.long())).nonzero(as_tuple=True)
-        asked += len(r)
-        for rows, columns in zip(r.split(EXACT_PAIRS), c.split(EXACT_PAIRS)):
-            row, column = rows + start, columns[:, None] + first_column
-            distance, threshold = exact(row + first_row, columns + first_column)[:, None], matches.distances[row]
-            before = (threshold < distance) | ((threshold == distance) & (matches.indices[row] < column))
-            place[rows, columns] = before.sum(1, dtype=torch.int32)
-        place += torch.arange(len(place), dtype=torch.int32, device=place.device)[:, None] * (width + 1)
-        histogram = torch.bincount(place.flatten(), minlength=len(place) * (width + 1)).view(len(place), width + 1)
-        tally[block] += histogram[:, :width].cumsum(1)
+            r, c = _tally_all(mine, value, before, after, matches.counts[block]).nonzero(as_tuple=True)
+        for rows, columns in zip(r.split(PAIRS), c.split(PAIRS)):
+            close = value[rows, columns, None]
+            is_open = (before[rows] <= close) & (close <= after[rows])
+            some = is_open.any(1)
+            asked += int(some.count_nonzero())
+            pairs = rows[some] + start, columns[some] + first_column
+            _settle(tally, *pairs, is_open[some], matches, measures)
     return asked
 
 
-def _joined(parts: list[tuple[Tensor, _Matches, int]]) -> RankCounts:
+def _tally_all(tally: Tensor, value: Tensor, lower: Tensor, upper: Tensor, counts: Tensor) -> Tensor:
+    """Adds the values surely before each match; how many matches each value leaves open, as a float of its shape."""
+    is_open, hit = torch.zeros_like(value), torch.empty_like(value)
+    for t in range(int(counts.max())):
+        live = slice(0, int((counts > t).nonzero().max()) + 1)
+        is_open[live] += torch.le(value[live], upper[live, t, None], out=hit[live])
+        is_open[live] -= torch.lt(value[live], lower[live, t, None], out=hit[live])
+        tally[live, t] += hit[live].sum(1).to(tally.dtype)
+    return is_open
+
+
+def _settle(
+    tally: Tensor, rows: Tensor, columns: Tensor, is_open: Tensor, matches: _Matches, measures: Sequence[Measure]
+) -> None:
+    """Decide the pairs (P,) for the matches that are open (P, T), by one measure after the other; the last is exact."""
+    for measure in measures:
+        if not len(rows):
+            return
+        distance, bound = (t[:, None] for t in measure(rows, columns))
+        threshold = matches.distances[rows]
+        before = distance < threshold - bound
+        if measure is measures[-1]:
+            before |= (distance == threshold) & (columns[:, None] < matches.indices[rows])
+        tally.index_add_(0, rows, (before & is_open).to(tally.dtype))
+        is_open = is_open & (threshold - bound <= distance) & (distance <= threshold + bound)
+        some = is_open.any(1)
+        rows, columns, is_open = rows[some], columns[some], is_open[some]
+
+
+def _joined(parts: list[tuple[Tensor, _Matches, int]], order: Tensor) -> RankCounts:
+    """The parts' queries, one after the other, are `order` (Q,): brought back into theirs."""
     ranks, counts = [], []
     for tally, matches, _ in parts:
         place = torch.arange(tally.shape[1], device=tally.device)
         ranks.append((tally + place + 1)[place < matches.counts[:, None]])
         counts.append(matches.counts)
-    offsets = torch.cat([counts[0].new_zeros(1), torch.cat(counts).cumsum(0)])
-    return RankCounts(torch.cat(ranks), offsets, sum(recomputed for *_, recomputed in parts))
+    given = torch.cat(counts)
+    start = given.cumsum(0) - given
+    number = torch.empty_like(given).index_put((order,), given)
+    offsets = torch.cat([number.new_zeros(1), number.cumsum(0)])
+    place = torch.arange(int(offsets[-1]), device=number.device)
+    shift = torch.empty_like(start).index_put((order,), start) - offsets[:-1]
+    ordered = torch.cat(ranks)[place + shift.repeat_interleave(number)]
+    return RankCounts(ordered, offsets, sum(recomputed for *_, recomputed in parts))

@@ -28,7 +28,7 @@ def test_start_is_a_truncated_normal_without_bias() -> None:
 
 def test_drop_path_drops_each_branch_per_image_and_keeps_the_mean() -> None:
     block = Block(8, 1, qkv_bias=False, norm_eps=1e-6, drop_path=0.25)
-    branch = block.drop_path(torch.ones(20000, 3, 8))
+    branch = block.drop_path1(torch.ones(20000, 3, 8))
     assert set(branch.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
     assert (branch == branch[:, :1, :1]).all()
     assert abs(branch.mean().item() - 1) < 0.02

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusionreid.htm import HTM, MFU, SEU, ClassAttention, HTMLayer, Share
 from kernels import dual_cross_attention, dual_self_attention
-from tests.numerics import FIXTURES
+from tests.numerics import FIXTURES, assert_close
 from tests.recorded import check_case
 
 SHARES: tuple[Share, ...] = ("encoder", "none", "fusion", "all")  # the published numbers 0 to 3
@@ -77,6 +77,19 @@ def test_stack_equals_the_recorded_numbers(depth: int, width: int) -> None:
         return cnn[:, None], transformer[:, None]
 
     check_case(f"modules/htm_depth{depth}", htm, call, published=partial(published, layer=htm.layers[0]))
+
+
+@pytest.mark.usefixtures("triton_path")
+def test_layer_on_the_kernels_is_the_layer_without() -> None:
+    layer = HTMLayer(96, share="none")
+    inputs = [torch.randn(2, *shape, 96, requires_grad=True) for shape in ((), (), (16,), (21,))]
+    results = []
+    for dtype in (torch.float32, torch.float64):  # float64 takes the plain path
+        outputs = layer.to(dtype)(*((a.to(dtype), b.to(dtype)) for a, b in (inputs[:2], inputs[2:])))
+        loss = sum((out**2).sum() for out in outputs)
+        results.append([*outputs, *torch.autograd.grad(loss, [*inputs, *layer.parameters()])])
+    for out, gold in zip(*results):
+        assert_close("HTM layer", out, gold.double(), 2e-5)
 
 
 def test_one_image_gives_what_it_gives_in_a_batch() -> None:

@@ -9,6 +9,7 @@ import struct
 import sys
 import termios
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from engine import metrics
 from engine.metrics import Metrics, write_json
+from engine.startup import Startup
 
 
 def lines(folder: Path) -> list[dict]:
@@ -58,19 +60,22 @@ def test_speed_waiting_and_pauses(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             clock[0] += 0.5
             yield batch
 
-    log = Metrics(tmp_path, total_steps=8)
+    monkeypatch.setattr(metrics.memory, "peak", lambda: 3 * 2**30)
+    log = Metrics(tmp_path, total_steps=8, peak_images_per_s=80.0)
     for step, _ in enumerate(log.watch(batches()), 1):
         clock[0] += 1.5
         log.progress(step, images=64)
     with log.paused():
         clock[0] += 1000.0
     values = log.log(4, loss=1.0)
-    assert values == {"loss": 1.0, "images_per_s": 4 * 64 / 8, "data_wait": 0.25}
-    assert "images_per_s 32  data_wait 0.25  left 0:16:48" in capsys.readouterr().out  # as long as until now
+    assert values == {"loss": 1.0, "images_per_s": 4 * 64 / 8, "data_wait": 0.25, "peak_gib": 3.0, "mfu": 0.4}
+    out = capsys.readouterr().out
+    assert "images_per_s 32  data_wait 0.25  peak_gib 3  mfu 0.4  left 0:16:48" in out  # as long as until now
     clock[0] += 2.0
     log.progress(5, images=64)
     assert log.log(5)["images_per_s"] == 32  # a new window
     log.close()
+    assert capsys.readouterr().out.endswith("\n5 steps in 0:16:50, 32 images/s in training, peak 3.00 GiB\n")
 
 
 def test_a_resumed_run_reads_as_if_unbroken(tmp_path: Path) -> None:
@@ -124,17 +129,49 @@ def test_row_40_nothing_that_a_log_meets_ends_a_training(tmp_path: Path, monkeyp
         log.event("evaluated")
     log.close()
     said = [record.getMessage().split(":")[0] for record in caplog.records]
-    assert said.count("metrics.jsonl") == said.count("TensorBoard") == 1
+    assert said.count("metrics.jsonl") == said.count("tensorboard") == 1
     assert len(said) == len(set(said))
 
 
 def test_row_40_a_board_that_fails_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = Metrics(tmp_path, total_steps=3)
-    monkeypatch.setattr(log._board, "add_scalar", lambda *_: 1 / 0)
+    monkeypatch.setattr(log._boards["tensorboard"], "draw", lambda *_: 1 / 0)
     for step in (1, 2):
         log.log(step, loss=1.0)
     log.close()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
+    log = Metrics(tmp_path, total_steps=3, boards={})
+    values = log.log(1, loss=torch.tensor(torch.nan), triplet=torch.tensor([1.0, torch.inf]))
+    assert values["triplet"] == [1.0, torch.inf]
+    (line,) = lines(tmp_path)
+    assert (line["loss"], line["triplet"]) == (None, [1.0, None])
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_the_first_step_says_where_the_time_went_once(tmp_path: Path, monkeypatch, capsys) -> None:
+    clock = [5.0]
+    monkeypatch.setattr("engine.startup.perf_counter", lambda: clock[0])
+    startup = Startup()
+    for name, seconds in (("data set", 4.0), ("model", 3.1)):
+        clock[0] += seconds
+        startup.lap(name)
+    log = Metrics(tmp_path, total_steps=3, boards={}, startup=startup)
+    clock[0] += 5.2
+    log.progress(1, 64)
+    log.progress(2, 64)
+    assert capsys.readouterr().out == "first step after 12.3 s: 4.0 s data set, 3.1 s model, 5.2 s step\n"
+
+
+def read_all(descriptor: int) -> bytes:
+    """What a terminal was sent until it was closed, which comes in pieces and ends in an error."""
+    parts = []
+    with suppress(OSError):
+        while part := os.read(descriptor, 1 << 16):
+            parts.append(part)
+    return b"".join(parts)
 
 
 def test_row_40_plain_letters_and_a_narrow_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +183,8 @@ def test_row_40_plain_letters_and_a_narrow_terminal(tmp_path: Path, monkeypatch:
     log.close()
     reader, writer = pty.openpty()
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))
-    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    terminal = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, "stdout", terminal)
     log = Metrics(tmp_path, total_steps=300, start_step=100)
     for step in (101, 102):
         time.sleep(0.15)  # the bar moves at most ten times a second
@@ -154,10 +192,13 @@ def test_row_40_plain_letters_and_a_narrow_terminal(tmp_path: Path, monkeypatch:
         log.log(step, loss=1.0)
     log.event("evaluated")
     log.close()
-    shown = os.read(reader, 1 << 16).decode()
+    terminal.close()
+    shown = read_all(reader).decode()
     assert "evaluated\r\n" in shown
     assert "34%" in shown
-    assert max(len(line) for part in shown.split("\r") for line in part.split("\n")) <= 20
+    bar, _, last_line = shown.rpartition("2 steps in ")
+    assert "images/s" in last_line
+    assert max(len(line) for part in bar.split("\r") for line in part.split("\n")) <= 20
 
 
 def test_json_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

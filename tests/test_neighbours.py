@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import nearest_neighbours, neighbours, reference
+from kernels import nearest_neighbours, neighbour_lists, neighbours, reference
 from tests.numerics import assert_close
 from tests.test_ranking import made_up
 
@@ -26,7 +26,7 @@ def test_equals_sorting_fp64_distances(
     query, gallery = made_up(num_query, num_gallery, width, kind, seed)
     k = 1 + int(part * (num_gallery - 1))
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"QUERY_BLOCK": 3, "GALLERY_BLOCK": 5, "SPARE": 2}.items():
+        for name, value in {"BLOCK": 4, "AGAIN_ROWS": 2, "SPARE": 2}.items():
             patch.setattr(neighbours, name, value)
         found = nearest_neighbours(query, gallery, k, normalize=normalize)
     expected = reference.nearest_neighbours(query, gallery, k, normalize=normalize)
@@ -34,6 +34,33 @@ def test_equals_sorting_fp64_distances(
     torch.testing.assert_close(found.distances, expected.distances, rtol=0, atol=0)
     largest = gallery.norm(dim=1).max().item() ** 2 + query.norm(dim=1).max().item() ** 2
     torch.testing.assert_close(found.farthest, expected.farthest, rtol=0, atol=1e-6 * (2 if normalize else 2 * largest))
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    num_rows=st.integers(1, 40),
+    width=st.sampled_from([1, 3, 129]),
+    kind=st.sampled_from(["spread", "ties", "near"]),
+    ends=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    part=st.floats(0, 1),
+    seed=st.integers(0, 9999),
+)
+def test_lists_of_some_rows_have_the_exact_order(
+    num_rows: int, width: int, kind: str, ends: tuple[float, float], part: float, seed: int
+) -> None:
+    _, features = made_up(1, num_rows, width, kind, seed)
+    k = 1 + int(part * (num_rows - 1))
+    start = int(min(ends) * num_rows)
+    rows = slice(start, max(int(max(ends) * num_rows), start))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"BLOCK": 4, "AGAIN_ROWS": 2, "SPARE": 2}.items():
+            patch.setattr(neighbours, name, value)
+        found = neighbour_lists(features, k, rows=rows)
+    expected = reference.nearest_neighbours(features, features, k)
+    largest = 4e-6 * features.norm(dim=1).max().item() ** 2
+    assert found.indices.tolist() == expected.indices[rows].tolist()
+    torch.testing.assert_close(found.distances, expected.distances[rows], rtol=0, atol=largest)
+    torch.testing.assert_close(found.farthest, expected.farthest[rows], rtol=0, atol=largest)
 
 
 def test_more_near_duplicates_than_spare_candidates() -> None:

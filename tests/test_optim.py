@@ -49,6 +49,18 @@ def test_groups_are_the_published_ones(name: str) -> None:
     assert ours == GROUPS[name]["groups"]
 
 
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_a_new_rate_is_written_into_the_old_tensor(ranks: parallel.Ranks, kind: str) -> None:
+    keys = solver(OPTIMIZER_NAME=kind, MAX_EPOCHS=10, BIAS_LR_FACTOR=3.0)
+    optimizer = Optimizer(parallel.shard(small_model(), ranks), keys, CPU)
+    tensors = [group["lr"] for group in optimizer.torch.param_groups]
+    optimizer.set_epoch(4)
+    assert all(group["lr"] is tensor for group, tensor in zip(optimizer.torch.param_groups, tensors))
+    expected = [learning_rate(4, base, keys) for base in (0.1, 0.1 * 3.0)]
+    assert sorted(tensor.item() for tensor in tensors) == expected
+    assert optimizer.rate == learning_rate(4, 0.1, keys)
+
+
 @pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
 def test_sharded_update_equals_plain_torch(ranks: parallel.Ranks, kind: str) -> None:
     keys = solver(OPTIMIZER_NAME=kind, WEIGHT_DECAY=1e-2, WEIGHT_DECAY_BIAS=1e-2, BIAS_LR_FACTOR=1)

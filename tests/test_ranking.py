@@ -50,7 +50,7 @@ def test_equals_sorting_fp64_distances(
     features = made_up(num_query, num_gallery, width, kind, seed)
     ids = made_up_ids(num_query, num_gallery, persons, cameras, seed)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"QUERY_BLOCK": 3, "GALLERY_BLOCK": 4, "TALLY_ROWS": 2, "EXACT_PAIRS": 5}.items():
+        for name, value in {"QUERY_BLOCK": 3, "GALLERY_BLOCK": 4, "TALLY_ROWS": 2, "PAIRS": 5}.items():
             patch.setattr(ranking, name, value)
         patch.setattr(_distances, "EXACT_ROWS", 7)
         counted = rank_counts(*features, *ids, normalize=normalize)
@@ -97,6 +97,10 @@ def test_the_error_bound_holds_and_is_not_vacuous(width: int, normalize: bool) -
     bound = _distances.error_bound(queries, items, slice(0, 40))[:, None]
     assert ((fast - exact).abs() <= bound).all()
     assert (bound <= 1e-4 * items.length.max() * queries.length.max() + 1e-6 * items.length.max().square()).all()
+    close = _distances.close_distances(queries, items, q, g).view(40, 90) - queries.length.square()[:, None]
+    close_bound = _distances.close_bound(queries, items, torch.arange(40))[:, None]
+    assert ((close - exact).abs() <= close_bound).all()
+    assert (close_bound < bound / 5).all()
 
 
 def test_features_of_any_type_are_left_as_they_are() -> None:

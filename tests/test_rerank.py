@@ -1,5 +1,8 @@
 """k-reciprocal re-ranking: the recorded results, and a dense loop that follows the paper line by line."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -70,16 +73,36 @@ def test_equals_the_dense_loop(num_query: int, num_gallery: int, k1: int, k2: in
     query, gallery = made_up(num_query, num_gallery, 4, "spread", seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rerank, "BLOCK_ROWS", 4)
-        patch.setattr(rerank, "OVERLAPS", 50)
         result = k_reciprocal(query.double(), gallery.double(), k1, k2, weight, metric="euclidean")
     np.testing.assert_allclose(result.numpy(), dense(query, gallery, k1, k2, weight), rtol=0, atol=1e-6)
 
 
 def test_blocks_are_the_rows_of_the_whole() -> None:
     query, gallery = made_up(300, 60, 5, "spread", 0)
-    blocks = list(rerank_blocks(query, gallery))
+    blocks = list(rerank_blocks(torch.cat([query, gallery]), len(query)))
     assert [len(block) for block in blocks] == [256, 44]
     assert torch.equal(torch.cat(blocks), k_reciprocal(query, gallery))
+
+
+@pytest.mark.parametrize("shares", [2, 5])
+def test_shares_that_exchange_their_parts_give_the_whole(shares: int) -> None:
+    query, gallery = made_up(9, 40, 5, "spread", 0)
+    barrier, held = threading.Barrier(shares), [torch.empty(0)] * shares
+
+    def work(index: int) -> Tensor:
+        def gather(rows: Tensor) -> Tensor:
+            held[index] = rows
+            barrier.wait()
+            whole = torch.cat(held)
+            barrier.wait()
+            return whole
+
+        blocks = rerank_blocks(torch.cat([query, gallery]), 9, 7, 3, share=(index, shares), gather=gather)
+        return torch.cat([gallery.new_zeros(0, 40), *blocks])
+
+    with ThreadPoolExecutor(shares) as pool:
+        parts = list(pool.map(work, range(shares)))
+    assert_close("re-ranked", torch.cat(parts), k_reciprocal(query, gallery, 7, 3), 1e-6)
 
 
 def test_equal_images_stay_finite() -> None:

@@ -39,7 +39,7 @@ def test_published_types(name: str, width: int, depth: int, heads: int) -> None:
     with torch.device("meta"):
         model = build_t2t(name, image_size=(256, 128), drop_path=0.1)
     assert (model.width, model.grid, len(model.blocks)) == (width, (16, 8), depth)
-    assert model.blocks[-1].drop_path.drop_prob == pytest.approx(0.1)
+    assert model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
     assert model.blocks[0].attn.heads == heads
     assert all(module.eps == 1e-5 for module in model.modules() if isinstance(module, nn.LayerNorm))
     assert not any(name.endswith("qkv.bias") for name, _ in model.named_parameters())

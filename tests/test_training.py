@@ -89,13 +89,17 @@ def test_two_processes_train_and_one_evaluates(root: Path, tmp_path: Path, capsy
 def test_every_option_of_the_recipe_trains_and_resumes(root: Path, tmp_path: Path) -> None:
     keys = {"MODEL__IF_WITH_CENTER": "yes", "SOLVER__PRECISION": "bf16", "SOLVER__TRIPLET_PRODUCTS": "amp",
             "MODEL__NO_MARGIN": "no", "SOLVER__OPTIMIZER_NAME": "SGD", "SOLVER__MAX_GRAD_NORM": 1.0,
-            "TEST__RE_RANKING": "published", "SOLVER__MAX_EPOCHS": 2}  # fmt: skip
+            "TEST__RE_RANKING": "published", "SOLVER__MAX_EPOCHS": 2, "SOLVER__ACCUMULATE": 2, "SOLVER__EMA": 0.9,
+            "PARALLEL__CHECKPOINT": "yes"}  # fmt: skip
     assert train(arguments(root, tmp_path, **keys)) == 0
-    first = last(tmp_path)[0]["centers"]["centers"]
+    first = last(tmp_path)[0]
     path = checkpoint.checkpoints(tmp_path / "checkpoints")[-1]
     path.rename(tmp_path / "aside")
     assert train(arguments(root, tmp_path, **keys)) == 0
-    assert torch.equal(first, last(tmp_path)[0]["centers"]["centers"])
+    again = last(tmp_path)[0]
+    for part, name in (("centers", "centers"), ("average", "heads.0.classifier.weight")):
+        assert torch.equal(first[part][name], again[part][name])
+    assert not torch.equal(first["average"][name], first["model"][name])
 
 
 def test_a_finished_run_is_not_trained_again(root: Path, unbroken: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fusionreid.backbones import BackboneError
 from fusionreid.blocks import SelfAttention, init_linear
+from fusionreid.drop_path import take_over
 
 
 class ViT(nn.Module):
@@ -155,6 +156,7 @@ def from_timm(
         raise BackboneError(f"ViT: image_size {image_size} must hold a patch of {embed.patch_size}")
     if rope is not None:
         rope.update_feat_shape(grid)
+    take_over(source.blocks)
     table = source.pos_embed is not None
     for block in source.blocks:
         if type(block) is Block:

@@ -1,0 +1,94 @@
+"""From images to test vectors, in equal shares by all ranks, in memory or streamed to a file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dataloading.loader import TestLoader
+from dataloading.records import Record
+from engine import embeddings, parallel
+from engine.config import Config
+from engine.parallel import Ranks
+
+FINITE_ROWS = 4096  # looked at at once
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or a feature is NaN or infinite; nothing was updated or scored with it."""
+
+    exit_code = 5
+
+
+@torch.no_grad()
+def embed(
+    model: nn.Module,
+    records: Sequence[Record],
+    cameras: Sequence[int],
+    cfg: Config,
+    ranks: Ranks,
+    folder: Path | None = None,
+) -> Tensor:
+    """Test vectors (N, D) of all records in order, float32 on the CPU of every rank.
+
+    `cameras` are those that training saw; any other counts as unknown (-1). With a folder the vectors lie in its draft,
+    which the caller finishes, and no rank holds them all. All ranks take equally many images, the last one some twice,
+    because a sharded model computes in step.
+    """
+    share = -(-len(records) // ranks.world_size)
+    first = ranks.rank * share
+    mine = [records[min(i, len(records) - 1)] for i in range(first, first + share)]
+    known = torch.tensor(list(cameras), dtype=torch.int64, device=ranks.device)
+    model.eval()
+    rows, done = torch.empty(0), 0
+    loader = TestLoader(mine, cfg.INPUT, cfg.DATALOADER, batch_size=cfg.TEST.IMS_PER_BATCH, device=ranks.device)
+    for batch in loader:
+        feature = _feature(model, batch.images, batch.cameras.where(torch.isin(batch.cameras, known), -1), cfg, ranks)
+        if not done:
+            rows = _storage(len(records), share, feature.shape[1], ranks, folder)
+        rows[done : done + len(feature)] = feature[: len(rows) - done]
+        done += len(feature)
+    loader.close()
+    if folder is None:
+        features = parallel.gather_rows(rows)[: len(records)]
+    else:
+        dist.barrier()
+        features = embeddings.draft(folder, len(records), rows.shape[1], create=False)
+        dist.barrier()  # only now may the draft be renamed
+    check_finite(features, records)
+    return features
+
+
+def _feature(model: nn.Module, images: Tensor, cameras: Tensor, cfg: Config, ranks: Ranks) -> Tensor:
+    """Test vectors (B, D) on the CPU."""
+    feature = torch.zeros(())
+    for seen in (images, images.flip(3)) if cfg.TEST.FLIP else (images,):
+        with parallel.autocast(cfg.SOLVER.PRECISION, ranks.device):
+            outputs = model(seen, cameras)
+        feature = feature + outputs.embedding(cfg.TEST.NECK_FEAT, cfg.TEST.FEAT).float() / (1 + cfg.TEST.FLIP)
+    return (F.normalize(feature) if cfg.TEST.FEAT_NORM else feature).cpu()
+
+
+def _storage(count: int, share: int, width: int, ranks: Ranks, folder: Path | None) -> Tensor:
+    """Where this rank's rows go: (share, D) of its own, or its part of the file."""
+    if folder is None:
+        return torch.empty(share, width)
+    if ranks.main:
+        embeddings.draft(folder, count, width, create=True)
+    dist.barrier()
+    first = min(ranks.rank * share, count)
+    return embeddings.draft(folder, count, width, create=False)[first : min(first + share, count)]
+
+
+def check_finite(features: Tensor, records: Sequence[Record]) -> None:
+    """NonFiniteError names the images whose features are not finite."""
+    fine = torch.cat([rows.isfinite().all(1) for rows in features.split(FINITE_ROWS)]).tolist()
+    bad = [r.path for r, is_fine in zip(records, fine, strict=True) if not is_fine]
+    if bad:
+        raise NonFiniteError(
+            f"features of {len(bad)} of {len(records)} images are not finite, the first: {bad[:5]}; nothing was "
+            "scored: look at these images, or evaluate with SOLVER.PRECISION fp32"
+        )

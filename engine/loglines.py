@@ -1,0 +1,57 @@
+"""Log lines: from tensors to numbers to JSON, and back to the point where a run went on."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def to_host(scalars: "Mapping[str, Tensor | float]") -> dict[str, Any]:
+    """Numbers, and lists of them for vectors, by one copy of all tensors."""
+    import torch
+
+    tensors = {name: value.detach() for name, value in scalars.items() if isinstance(value, torch.Tensor)}
+    flat = torch.cat([t.reshape(-1).double() for t in tensors.values()]).tolist() if tensors else []
+    values: dict[str, Any] = {}
+    for name, value in scalars.items():
+        count = tensors[name].numel() if name in tensors else 0
+        values[name] = (flat[:count] if tensors[name].ndim else flat[0]) if name in tensors else float(value)
+        flat = flat[count:]
+    return values
+
+
+def points_of(values: Mapping[str, Any]) -> dict[str, float]:
+    """Vectors as one number per entry, `triplet/0` and so on."""
+    vectors = {name: value for name, value in values.items() if isinstance(value, list)}
+    numbers = {name: value for name, value in values.items() if name not in vectors}
+    return numbers | {f"{name}/{i}": number for name, vector in vectors.items() for i, number in enumerate(vector)}
+
+
+def with_nulls(value: Any) -> Any:
+    """The same with null for numbers that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: with_nulls(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [with_nulls(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Leave no line of a later step in a file of log lines."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, TypeError, KeyError):
+            continue  # the last line of a killed run
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,79 @@
+"""What an evaluation leaves: a table, metrics.json with intervals and details, and the report with rank lists."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dataloading.records import Split
+from engine.config import Config
+from engine.measures import (
+    Ids,
+    bootstrap,
+    camera_pairs,
+    distance_blocks,
+    pool_queries,
+    single_gallery_shot,
+    true_positive_rates,
+)
+from engine.metrics import write_json
+from engine.report import System, rank_lists, write_html
+from engine.retrieval import Ranking, rank, top_k
+
+FALSE_POSITIVE_RATES = 1e-4, 1e-3, 1e-2
+SHOWN_RANKS = 1, 5, 10
+
+
+def write_results(output: Path, rankings: Mapping[str, Ranking], about: Mapping[str, Any]) -> None:
+    """Print the table and write metrics.json: measures by name, and what they are about."""
+    print(
+        f"{'%':18}{'mAP':>8}{'mINP':>8}{'Rank-1':>8}{'Rank-5':>8}{'Rank-10':>8}{'queries':>9}{'mAP, 95 % interval':>22}"
+    )
+    results = {}
+    for name, ranking in rankings.items():
+        each = [ranking.average_precisions, ranking.inverse_penalties, (ranking.first_ranks == 1).double()]
+        low, high = (limits.tolist() for limits in bootstrap(torch.stack(each, 1)))
+        measures = ranking.mAP, ranking.mINP, *ranking.cmc[[r - 1 for r in SHOWN_RANKS]].tolist()
+        interval = f"{100 * low[0]:.1f} to {100 * high[0]:.1f}"
+        line = "".join(f"{100 * value:8.1f}" for value in measures)
+        print(f"{name:18}{line}{ranking.num_valid:9}{interval:>22}")
+        results[name] = {
+            "mAP": ranking.mAP, "mINP": ranking.mINP, "cmc": ranking.cmc.tolist(),
+            "interval_95": dict(zip(("mAP", "mINP", "Rank-1"), map(list, zip(low, high)))),
+            "valid_queries": ranking.num_valid, "unmatched_queries": ranking.num_unmatched,
+        }  # fmt: skip
+    write_json(output / "metrics.json", {**about, "results": results})
+
+
+def details(features: Tensor, num_query: int, ids: Ids) -> dict[str, Any]:
+    """What TEST.DETAILS adds to metrics.json; cameras are counted from 1."""
+    query, gallery = features[:num_query], features[num_query:]
+    pooled, persons, cameras = pool_queries(query, ids[0], ids[2])
+    multi = rank(pooled, gallery, persons, ids[1], cameras, ids[3])
+    pairs = camera_pairs(query, gallery, ids, metric="euclidean")
+    rates = true_positive_rates(distance_blocks(query, gallery), ids, FALSE_POSITIVE_RATES)
+    shot = single_gallery_shot(distance_blocks(query, gallery), ids)
+    return {
+        "camera_pairs": [{**p._asdict(), "query": p.query + 1, "gallery": p.gallery + 1} for p in pairs],
+        "true_positive_rate_at": {f"{rate:g}": value for rate, value in zip(FALSE_POSITIVE_RATES, rates)},
+        "single_gallery_shot": {f"Rank-{r}": shot[r - 1].item() for r in SHOWN_RANKS},
+        "multi_query": {"queries": multi.num_valid, "mAP": multi.mAP, "Rank-1": multi.cmc[0].item()},
+    }
+
+
+def show(cfg: Config, split: Split, features: Tensor, ids: Ids, rankings: Mapping[str, Ranking]) -> None:
+    """Write ranks.png and report.html; the rank lists are those of the first ranking."""
+    output, num_query = Path(cfg.OUTPUT_DIR), len(split.query)
+    systems = [System(name, r.mAP, r.mINP, r.cmc.numpy(), r.num_valid) for name, r in rankings.items()]
+    distances, neighbours = top_k(features[:num_query], features[num_query:], *ids, k=10, metric="euclidean")
+    first = next(iter(rankings.values()))
+    precision = torch.full((num_query,), torch.nan, dtype=torch.float64)
+    precision[first.num_matches > 0] = first.average_precisions
+    shown = 1 - distances / 2 if cfg.TEST.FEAT_NORM else distances.sqrt()  # the cosine at unit length, else a distance
+    picture = rank_lists(split.query, split.gallery, neighbours.numpy(), shown.numpy(), precision.numpy())
+    picture.save(output / "ranks.png")
+    page = {"title": "FusionReID", "systems": systems, "split": split, "config": cfg.dump(), "picture": picture}
+    write_html(output / "report.html", **page)
+    print(f"rank lists and CMC curves: {output / 'report.html'}")

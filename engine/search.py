@@ -1,0 +1,105 @@
+"""The door of search: which gallery images look most like each query, by the cosine of their features.
+
+`python engine/search.py --query Q --gallery G [--top 10] [--json FILE] [--config_file FILE] [KEY VALUE ...]`; each of Q
+and G is a folder of embeddings, as evaluate and embed leave it, or an image or a folder of images, for which the model
+of the configuration is needed.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":  # a script's own folder must not hide modules, and its project need not be installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from dataloading.records import DataError
+from engine import door
+from engine.config import Config
+from engine.embed import find_images
+
+if TYPE_CHECKING:
+    from engine.embeddings import Embeddings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    wanted = not {"-h", "--help"} & set(given)
+    parser.add_argument("--query", required=wanted, type=Path)
+    parser.add_argument("--gallery", required=wanted, type=Path)
+    parser.add_argument("--top", default=10, type=int)
+    parser.add_argument("--json", type=Path)
+    options, rest = parser.parse_known_args(given)
+    if not any(word.startswith("--config_file") for word in rest):
+        rest = ["--config_file", os.devnull, *rest]  # embeddings alone need no model
+
+    def search(cfg: Config) -> None:
+        from engine.metrics import write_json
+
+        query, gallery = (_load_or_embed(cfg, path) for path in (options.query, options.gallery))
+        if query is None or gallery is None:
+            return  # the main rank has them
+        found = nearest(query, gallery, options.top)
+        for line in found:
+            print(line["query"])
+            for place, match in enumerate(line["matches"], 1):
+                print(f"{place:6}  {match['cosine']:6.3f}  {match['path']}")
+        if options.json:
+            write_json(options.json, found)
+
+    return door.run(search, rest)
+
+
+def nearest(query: "Embeddings", gallery: "Embeddings", count: int) -> list[dict[str, Any]]:
+    """For every query its path and its nearest gallery images, the first one first."""
+    from engine.embeddings import EmbeddingsError
+    from kernels import nearest_neighbours
+
+    widths = query.features.shape[1], gallery.features.shape[1]
+    if widths[0] != widths[1]:
+        raise EmbeddingsError(
+            f"the query has features {widths[0]} wide, the gallery {widths[1]}: they are of two models"
+        )
+    if count < 1:
+        raise DataError(f"--top must be 1 or more, got {count}")
+    near = nearest_neighbours(query.features, gallery.features, min(count, len(gallery.records)), normalize=True)
+    return [
+        {"query": record.path, "matches": [
+            {"path": gallery.records[i].path, "person": gallery.records[i].person, "camera": gallery.records[i].camera,
+             "cosine": 1 - distance / 2} for i, distance in zip(indices, distances)]}
+        for record, indices, distances in zip(query.records, near.indices.tolist(), near.distances.tolist())
+    ]  # fmt: skip
+
+
+def embed_images(cfg: Config, path: Path, folder: Path | None = None) -> "Embeddings | None":
+    """Features of the images at a path by the model of the configuration; None on all ranks but the main one."""
+    from engine import parallel
+    from engine.embeddings import Embeddings
+    from engine.features import embed
+    from engine.restore import find_checkpoint, restore
+
+    records = find_images(path)
+    ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
+    checkpoint = find_checkpoint(cfg)
+    model = parallel.shard(restore(checkpoint, cfg).model.to(ranks.device), ranks)
+    features = embed(model, records, (), cfg, ranks, folder)
+    source = {"data": str(path), "checkpoint": str(checkpoint), "TEST": cfg.TEST.model_dump(mode="json")}
+    return Embeddings(features, records, 0, source) if ranks.main else None
+
+
+def _load_or_embed(cfg: Config, path: Path) -> "Embeddings | None":
+    from engine import embeddings
+    from engine.features import check_finite
+
+    if not (path / embeddings.INDEX).is_file():
+        return embed_images(cfg, path)
+    stored = embeddings.load(path)
+    check_finite(stored.features, stored.records)
+    return stored
+
+
+if __name__ == "__main__":
+    sys.exit(main())

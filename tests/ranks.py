@@ -1,0 +1,114 @@
+"""A few training steps of a small model on fixed batches, on this process or on several that are started for it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dataloading.loader import Batch
+from engine import parallel
+from engine.config import Config
+from engine.optim import Optimizer
+from engine.restore import build, load_model
+from engine.step import TrainStep
+from tests.runs import ROOT
+
+MODEL = {"RES_NAME": "test_resnet", "TRANSFORMER_TYPE": "test_vit", "STRIDE_SIZE": [16, 16], "MIX_DIM": 24,
+         "HTM_LAYER": 1, "DROP_PATH": 0.3, "DEVICE": "cpu"}  # fmt: skip
+IMAGES, PERSONS, STEPS = 16, 4, 3
+
+
+def config(**sections: dict[str, Any]) -> Config:
+    solver = {"IMS_PER_BATCH": IMAGES, "PRECISION": "fp32", "BASE_LR": 0.02, "WARMUP_ITERS": 0}
+    return Config.from_dict(
+        {
+            "MODEL": MODEL | sections.get("MODEL", {}),
+            "INPUT": {"SIZE_TRAIN": [32, 16], "SIZE_TEST": [32, 16]},
+            "DATALOADER": {"NUM_INSTANCE": IMAGES // PERSONS},
+            "SOLVER": solver | sections.get("SOLVER", {}),
+            "PARALLEL": {"COMPILE": "off"} | sections.get("PARALLEL", {}),
+        }
+    )
+
+
+def batch(step: int, part: slice, dtype: torch.dtype) -> Batch:
+    """A part of the batch of a step, the same everywhere."""
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(IMAGES, 3, 32, 16, generator=generator).to(dtype)
+    persons, places = torch.arange(IMAGES) // (IMAGES // PERSONS), torch.arange(IMAGES)
+    return Batch(
+        images[part].contiguous(memory_format=torch.channels_last), persons[part], places[part] % 2, places[part]
+    )
+
+
+def train(
+    cfg: Config, dtype: torch.dtype, steps: range = range(STEPS), start: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Losses, weights, statistics and optimiser state after these steps, whole, by name; `start` is such a result."""
+    ranks = parallel.start("cpu")
+    torch.manual_seed(5)
+    model = parallel.shard(build(cfg, PERSONS, 2).to(dtype), ranks, cfg.PARALLEL)
+    optimizer = Optimizer(model, cfg.SOLVER, ranks.device)
+    optimizer.set_epoch(2)
+    if start:
+        load_model(model, {name[6:]: t for name, t in start.items() if name.startswith("model/")})
+        whole = {name[10:]: t for name, t in start.items() if name.startswith("optimizer/")}
+        optimizer.load(
+            {name: parallel.shard_like(t, optimizer.parameters[name.rsplit("/", 1)[0]]) for name, t in whole.items()}
+        )
+    model.train()
+    step = TrainStep(model, optimizer, cfg, ranks)
+    losses, norms = [], []
+    share = IMAGES // ranks.world_size
+    for number in steps:
+        step.clear()
+        step(batch(number, slice(ranks.rank * share, (ranks.rank + 1) * share), dtype), number)
+        losses.append(step.sums.clone())
+        norms.append(optimizer.take_gradient_norm())
+        if step.average:  # as in an evaluation between two steps, which must leave no trace
+            with step.average.shown(), torch.no_grad():
+                model.eval()(batch(0, slice(2), dtype).images, torch.zeros(2, dtype=torch.int64))
+            parallel.reshard(model.train())
+    parallel.equalise_statistics(model)
+    result = {f"model/{name}": parallel.full_tensor(t) for name, t in model.state_dict().items()}
+    for entry, t in optimizer.state().items():
+        result[f"optimizer/{entry}"] = parallel.full_tensor(t, like=optimizer.parameters[entry.rsplit("/", 1)[0]])
+    return result | {"losses": torch.stack(losses), "gradient_norms": torch.stack(norms)} if losses else result
+
+
+def launch(processes: int, work: list[dict[str, Any]], folder: Path) -> subprocess.Popen[str]:
+    """Start processes that do each piece of work, `{"name", "dtype", "sections", "steps", "start"}`, in turn."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                   "WORLD_SIZE": str(processes), "WORK": json.dumps(work), "FOLDER": str(folder)}  # fmt: skip
+    script = (
+        'for rank in $(seq 1 $((WORLD_SIZE - 1))); do RANK=$rank LOCAL_RANK=$rank "$@" & done; '
+        'RANK=0 LOCAL_RANK=0 "$@"; code=$?; wait; exit $code'
+    )
+    return subprocess.Popen(["sh", "-c", script, "sh", sys.executable, "-m", "tests.ranks"], env=environment, text=True,
+                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+
+
+def main() -> None:
+    folder = Path(os.environ["FOLDER"])
+    for piece in json.loads(os.environ["WORK"]):
+        start = load_file(folder / piece["start"]) if piece.get("start") else None
+        steps = range(*piece.get("steps", (STEPS,)))
+        result = train(config(**piece.get("sections", {})), getattr(torch, piece["dtype"]), steps, start)
+        if torch.distributed.get_rank() == 0:
+            save_file({name: t.clone() for name, t in result.items()}, folder / piece["name"])
+        torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

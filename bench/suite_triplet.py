@@ -1,4 +1,7 @@
-"""Batch-hard triplet loss, forward and backward: one training batch with its six heads, and batches of thousands."""
+"""Batch-hard triplet loss, forward and backward: one training batch with its six heads, and batches of thousands.
+
+The kernels of the cross-entropies are built here as well: the two are the loss of a training step.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.builds import Launch
 from bench.timing import TOLERANCE, Case, Settings, Work
 from kernels import batch_hard_triplet
 
-SOURCES = ("kernels/triplet.py",)
+SOURCES = ("kernels/triplet*.py", "kernels/cross_entropy.py")
 INSTANCES = 16  # images per person
 HEADS = (2048, 768, 768, 768, 768, 768)
 SIZES: dict[str, list[tuple[int, tuple[int, ...]]]] = {  # images, width of every head
@@ -30,6 +34,45 @@ def cases(settings: Settings) -> list[Case]:
              partial(triplet, settings, images, widths))
         for images, widths in SIZES[settings.size]
     ]  # fmt: skip
+
+
+def launches() -> Iterator[Launch]:
+    """The losses of a training batch, in the types that heads have under mixed precision too, and large batches."""
+    fp32, bf16 = torch.float32, torch.bfloat16
+    mixed = (fp32, bf16, fp32, fp32, bf16, bf16)
+    for images, widths, types in (
+        (128, HEADS, (fp32,) * 6), (128, HEADS, mixed), (4096, HEADS[:1], (fp32,)), (4096, HEADS[:1], (bf16,)),
+    ):  # fmt: skip
+        x = [torch.zeros(images, width, dtype=dtype) for width, dtype in zip(widths, types)]
+        persons = torch.arange(images) // INSTANCES
+        name = f"triplet, N {images}, {'mixed' if types is mixed else str(types[0]).removeprefix('torch.')}"
+        moved, operations = sum(t.nbytes for t in x), 2 * images**2 * sum(widths)
+        yield Launch(f"{name}, forward", partial(_triplet_forward, x, persons), moved, operations)
+        yield Launch(f"{name}, backward", partial(_triplet_backward, x), 2 * moved, 12 * images * sum(widths))
+    for classes, types in ((751, (fp32,) * 6), (1041, (bf16,) * 6), (100_000, (bf16,))):
+        z, persons = [torch.zeros(128, classes, dtype=dtype) for dtype in types], torch.zeros(128, dtype=torch.int64)
+        name = f"cross-entropy, K {classes}, {str(types[0]).removeprefix('torch.')}"
+        moved, values = sum(t.nbytes for t in z), sum(t.numel() for t in z)
+        yield Launch(f"{name}, forward", partial(_entropy_forward, z, persons), moved, 4 * values)
+        yield Launch(f"{name}, backward", partial(_entropy_backward, z, persons), 2 * moved, 4 * values)
+
+
+def _triplet_forward(x: list[Tensor], persons: Tensor) -> object:
+    return torch.ops.fusionreid.batch_hard_triplet_forward(x, persons, None)
+
+
+def _triplet_backward(x: list[Tensor]) -> object:
+    pulls = torch.zeros(2, len(x), len(x[0]))
+    return torch.ops.fusionreid.batch_hard_triplet_backward(pulls[0], x, pulls.long(), pulls)
+
+
+def _entropy_forward(z: list[Tensor], persons: Tensor) -> object:
+    return torch.ops.fusionreid.smoothed_cross_entropy_forward(z, persons, 0.1)
+
+
+def _entropy_backward(z: list[Tensor], persons: Tensor) -> object:
+    lse = torch.zeros(2, len(z), len(persons))
+    return torch.ops.fusionreid.smoothed_cross_entropy_backward(lse[0], z, persons, lse, 0.1)
 
 
 @contextmanager

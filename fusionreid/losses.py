@@ -3,10 +3,9 @@
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import batch_hard_triplet
+from kernels import batch_hard_triplet, smoothed_cross_entropy
 
 if TYPE_CHECKING:
     from fusionreid.model import Outputs
@@ -60,9 +59,7 @@ def reid_loss(
     `product_dtype` is that of `batch_hard_triplet`.
     The published code's other rule, for a head that is itself a list, is left out: no model has such a head.
     """
-    identity = torch.stack(
-        [F.cross_entropy(at_least_fp32(x), persons, label_smoothing=label_smoothing) for x in outputs.logits]
-    )
+    identity = smoothed_cross_entropy(outputs.logits, persons, label_smoothing)
     triplet = batch_hard_triplet(outputs.features, persons, margin=margin, product_dtype=product_dtype).losses
     center = center_loss(outputs.features[0], persons) if center_loss is not None else identity.new_zeros(())
     total = id_weight * identity.sum() + triplet_weight * triplet.sum() + center_weight * center

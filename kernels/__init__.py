@@ -2,8 +2,9 @@
 
 from kernels.augmentation import augment
 from kernels.class_attention import ClassStream, dual_cross_attention
+from kernels.cross_entropy import smoothed_cross_entropy
 from kernels.dual_attention import dual_self_attention
-from kernels.neighbours import Neighbours, nearest_neighbours
+from kernels.neighbours import Neighbours, nearest_neighbours, neighbour_lists
 from kernels.ranking import RankCounts, rank_counts, rank_counts_of
 from kernels.triplet import BatchHard, batch_hard_triplet
 
@@ -17,6 +18,8 @@ __all__ = [
     "dual_cross_attention",
     "dual_self_attention",
     "nearest_neighbours",
+    "neighbour_lists",
     "rank_counts",
     "rank_counts_of",
+    "smoothed_cross_entropy",
 ]

@@ -126,6 +126,16 @@ def rank_counts_of(
     return RankCounts(torch.cat(ranks), offsets, distances.numel())
 
 
+def smoothed_cross_entropy(logits: Sequence[Tensor], persons: Tensor, smoothing: float = 0.1) -> Tensor:
+    """Against the whole array of soft targets."""
+    losses = []
+    for z in logits:
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        targets = F.one_hot(persons, z.shape[1]) * (1 - smoothing) + smoothing / z.shape[1]
+        losses.append(-(targets * z.log_softmax(1)).sum(1).mean())
+    return torch.stack(losses)
+
+
 def _squared_distances(query: Tensor, gallery: Tensor, normalize: bool) -> Tensor:
     rows = torch.cat([query[None], gallery]).double()
     if normalize:

@@ -17,7 +17,7 @@ setup(
         "torch>=2.11",  # FSDP2 and custom operators as used here; 2.10 closed the last hole in weights_only
         "torchvision",
         "timm>=1.0.20",
-        "triton>=3.6; platform_system == 'Linux'",
+        "triton>=3.6",  # Linux only, and so is this package
         "numpy>=1.26",
         "pillow>=10",
         "pydantic>=2.7",

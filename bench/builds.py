@@ -32,8 +32,8 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Programming Guide, technical specifications per compute capability; each program also takes 1 KiB).
 REGISTERS, WARPS = 65_536, 64
 SHARED_BYTES = {80: (167_936, 166_912), 90: (233_472, 232_448), 100: (233_472, 232_448)}
-MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|UTCHMMA|UTCQMMA|UTC[A-Z]*MMA|HMMA|QGMMA)\b")
-PRODUCT = re.compile(r"\btt\.dot .*(tf32|: tensor<\w+xb?f16>)")
+MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|IGMMA|UTCHMMA|UTCQMMA|UTC[A-Z]*MMA|HMMA|IMMA|QGMMA)\b")
+PRODUCT = re.compile(r"\btt\.dot .*(tf32|: tensor<\w+x(b?f16|i8)>)")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 

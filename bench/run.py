@@ -60,7 +60,7 @@ BUILD_COLUMNS: dict[str, Callable[[Row], str]] = {
     "products": lambda row: " ".join(row["matrix_instructions"]),
     "MB": lambda row: _number(row["bytes"] * 1e-6),
     "GFLOP": lambda row: _number(row["operations"] * 1e-9),
-    "limit us": lambda row: _number(1e3 * H200.limit_ms(row["bytes"], row["operations"])),
+    "limit us": lambda row: _number(1e3 * (H200.limit_ms(row["bytes"], row["operations"]) or 0)),
 }
 BUILD_LEGEND = (
     "As compiled, not run. Programs: that fit a multiprocessor at once. Limit: of an ideal implementation at the real "
@@ -89,8 +89,9 @@ def main(argv: Sequence[str] | None = None, results: Path = RESULTS) -> int:
         parser.error("one of --suite and --report is needed")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     settings = Settings(args.size or ("full" if device.type == "cuda" else "default"), device, args.compile)
-    ceilings = measure_ceilings(settings) if args.suite else None
-    for suite in SUITES if args.suite == "all" else filter(None, [args.suite]):
+    suites = SUITES if args.suite == "all" else tuple(filter(None, [args.suite]))
+    ceilings = measure_ceilings(settings) if suites else Ceilings(0, 0)
+    for suite in suites:
         try:
             rows = run_suite(suite, settings, ceilings)
         except WrongResultError as error:

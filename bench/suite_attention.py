@@ -45,6 +45,8 @@ def launches() -> Iterator[Launch]:
     for dtype in (torch.bfloat16, torch.float32):
         for lengths in ((129, 211), (211,), (193, 311)):
             yield from _self_attention_launches(images, lengths, heads, width, dtype)
+        for lengths in ((128, 210), (192, 310)):
+            yield from class_launches(images, lengths, heads, width, dtype)
 
 
 def _self_attention_launches(
@@ -61,6 +63,25 @@ def _self_attention_launches(
     yield Launch(
         f"{name}, backward", lambda: backward(qkv, outputs, sums, outputs, 1.0), bytes_moved * 8 / 3, 2.5 * operations
     )
+
+
+def class_launches(images: int, lengths: Sequence[int], heads: int, width: int, dtype: torch.dtype) -> Iterator[Launch]:
+    """The tokens lie behind a class token, and what a query absorbs lies as its product leaves it: heads outermost."""
+    inner = heads * width
+    tokens = [torch.zeros(1, 1 + n, inner, dtype=dtype)[:, 1:] for n in lengths]
+    absorbed = [torch.zeros(heads, 1, inner, dtype=dtype).transpose(0, 1) for _ in lengths]
+    vectors = [torch.zeros(inner, dtype=dtype) for _ in lengths]
+    forward, backward = torch.ops.fusionreid.class_attention, torch.ops.fusionreid.class_attention_backward
+    pooled = [torch.zeros(1, heads, inner, dtype=dtype) for _ in lengths]
+    traces = [torch.zeros(1, n + 3, 16) for n in lengths]
+    name = f"class attention, N {' and '.join(map(str, lengths))}, {str(dtype).removeprefix('torch.')}"
+    moved = images * sum(t.numel() * t.element_size() for t in tokens)
+    small = images * sum(t.nbytes for t in absorbed)
+    operations = images * sum(4 * heads * inner * n for n in lengths)
+    yield Launch(f"{name}, forward", lambda: forward(tokens, absorbed, vectors, vectors, [1e-5, 1e-5], 1.0, True),
+                 moved + 2 * small, operations)  # fmt: skip
+    yield Launch(f"{name}, backward", lambda: backward(tokens, absorbed, vectors, pooled, traces, absorbed, 1.0),
+                 2 * moved + 4 * small, 2 * operations)  # fmt: skip
 
 
 @contextmanager

@@ -65,7 +65,9 @@ def launches() -> Iterator[Launch]:
 
     def count() -> None:
         persons = ids[:11], ids
-        ranking_tiles.count_span(split, split, persons, features[:, 0], (edge, edge), edge.int(), index[:1], index, 0)
+        ranking_tiles.count_span(
+            split, split, persons, features[:, 0], (edge, edge), edge.int(), index[:1], ids.expand(2, -1)
+        )
 
     yield Launch("lengths", lambda: _distances.lengths(features, 1), 4 * images * width, 2 * images * width)
     yield Launch("integers", lambda: ranking_tiles.split_rows(rows, index), 7 * images * width, 12 * images * width)

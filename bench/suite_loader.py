@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as T
 
+from bench.builds import Launch
 from bench.timing import Case, Settings, Work
 from dataloading import read_split
 from dataloading.config import DataloaderConfig, DatasetsConfig, InputConfig, SyntheticConfig
@@ -37,6 +38,20 @@ SIZES: dict[str, tuple[int, int, int, tuple[int, int], tuple[int, ...]]] = {
 INSTANCES, SEED, EPOCH, PADDING = 4, 1111, 1, 10
 MEAN = STD = (0.5, 0.5, 0.5)
 GREY_LEVELS = 4 / 255 / STD[0]  # what two decoders and two bicubic filters may differ by, of the largest value
+
+
+def launches() -> Iterator[Launch]:
+    """The augmentation of a batch; its first dimension is smaller than the real one."""
+    _, _, batch, (height, width), _ = SIZES["full"]
+    images = torch.zeros(1, height, width, 3, dtype=torch.uint8)
+    flip, shift, erase = torch.zeros(1, dtype=torch.bool), torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 4).int()
+    call = partial(augment, images, flip, shift, erase, shift[:, 0], seed=SEED, epoch=EPOCH, mean=MEAN, std=STD)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield Launch(
+            f"augmentation, B {batch}, {height} x {width}, {str(dtype).removeprefix('torch.')}",
+            partial(call, dtype=dtype),
+            batch * images.numel() * (1 + dtype.itemsize), 0.0,
+        )  # fmt: skip
 
 
 def cases(settings: Settings) -> list[Case]:

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it once, so do we
 
 # Tests and the build report send CPU tensors through the kernels: into Triton's interpreter, or its compiler alone.

@@ -152,8 +152,8 @@ def _erase_on_gpu(
 
 @triton.jit
 def _normals(bits_a, bits_b):
-    """As `philox.normal`. Sine and cosine of a whole turn are Taylor series about the nearest quarter, within 2^-23: the
-    library's would carry a reduction for any angle, in local memory."""
+    """As `philox.normal`. Sine and cosine are Taylor series about the nearest quarter of a turn, within 2^-23: those of
+    the library would carry a reduction for any angle, in local memory."""
     radius = tl.sqrt(-2.0 * tl.log(_uniform(bits_a)))
     turns = 4.0 * _uniform(bits_b)
     quarter = tl.floor(turns + 0.5)

@@ -21,22 +21,22 @@ def backward(
     RESIDENT_A: tl.constexpr,
     N_B: tl.constexpr, ROWS_B: tl.constexpr, FIRST_B: tl.constexpr, KEYS_B: tl.constexpr, TILES_B: tl.constexpr,
     RESIDENT_B: tl.constexpr,
-    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, STREAMS: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, STREAMS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     if STREAMS == 1 or program < programs_a:
         _backward(qkv_a, out_a, do_a, lse_a, dqkv_a, program, scale, natural_scale,
-                  N_A, ROWS_A, FIRST_A, KEYS_A, TILES_A, RESIDENT_A, H, D, BLOCK_D)  # fmt: skip
+                  N_A, ROWS_A, FIRST_A, KEYS_A, TILES_A, RESIDENT_A, H, D, BLOCK_D, STAGES)  # fmt: skip
     else:
         _backward(qkv_b, out_b, do_b, lse_b, dqkv_b, program - programs_a, scale, natural_scale,
-                  N_B, ROWS_B, FIRST_B, KEYS_B, TILES_B, RESIDENT_B, H, D, BLOCK_D)  # fmt: skip
+                  N_B, ROWS_B, FIRST_B, KEYS_B, TILES_B, RESIDENT_B, H, D, BLOCK_D, STAGES)  # fmt: skip
 
 
 @triton.jit
 def _backward(
     qkv_ptr, out_ptr, do_ptr, lse_ptr, dqkv_ptr, program, scale, natural_scale,
     N: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
-    RESIDENT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    RESIDENT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """TILES programs share a head; RESIDENT: there is one, which owns all KEYS but, with FIRST 1, the class token's."""
     C: tl.constexpr = H * D
@@ -50,10 +50,10 @@ def _backward(
     lse_ptr += pair * N
     if RESIDENT:
         _of_keys(qkv_ptr, out_ptr, do_ptr, lse_ptr, dqkv_ptr, FIRST, scale, natural_scale,
-                 N, C, D, BLOCK_D, KEYS, ROWS, FIRST, True)  # fmt: skip
+                 N, C, D, BLOCK_D, KEYS, ROWS, FIRST, True, STAGES)  # fmt: skip
     elif tile < KEY_TILES:
         _of_keys(qkv_ptr, out_ptr, do_ptr, lse_ptr, dqkv_ptr, tile * KEYS, scale, natural_scale,
-                 N, C, D, BLOCK_D, KEYS, ROWS, 0, False)  # fmt: skip
+                 N, C, D, BLOCK_D, KEYS, ROWS, 0, False, STAGES)  # fmt: skip
     else:
         _of_queries(qkv_ptr, out_ptr, do_ptr, lse_ptr, dqkv_ptr, (tile - KEY_TILES) * ROWS, scale, natural_scale,
                     N, C, D, BLOCK_D, KEYS, ROWS)  # fmt: skip
@@ -63,7 +63,7 @@ def _backward(
 def _of_keys(
     qkv_ptr, out_ptr, do_ptr, lse_ptr, dqkv_ptr, first_key, scale, natural_scale,
     N: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,
-    FIRST: tl.constexpr, RESIDENT: tl.constexpr,
+    FIRST: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of KEYS keys; RESIDENT: these are all, and dQ is computed too."""
     WHOLE_KEYS: tl.constexpr = RESIDENT and FIRST + KEYS <= N
@@ -78,7 +78,7 @@ def _of_keys(
         dk, dv, class_dk, class_dv = _of_class_token(
             qkv_ptr, out_ptr, do_ptr, lse_ptr, dqkv_ptr, k, v, class_key, class_value, scale, natural_scale, D, BLOCK_D
         )
-    for first in tl.range(FIRST, N, ROWS, num_stages=2):
+    for first in tl.range(FIRST, N, ROWS, num_stages=STAGES):
         q, do, lse, delta = _load_queries(qkv_ptr, out_ptr, do_ptr, lse_ptr, first, N, C, D, BLOCK_D, ROWS, WHOLE_ROWS)
         p, ds = _weights(q, do, lse, delta, k, v, first_key, scale, N, KEYS, WHOLE_KEYS)
         dv = tl.dot(p, do, dv, input_precision="ieee")

@@ -31,7 +31,8 @@ def _reproducible() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _two_threads() -> None:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    """Of all test processes together."""
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 @pytest.fixture

@@ -26,13 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(argv)
 
     def embed(cfg: Config) -> None:
-        from engine import embeddings
+        from engine import embeddings, parallel
         from engine.search import embed_images
 
         found = embed_images(cfg, options.images, options.output)
         if found is not None:
             embeddings.finish(options.output, found.features, found.records, 0, found.source)
             print(f"{len(found.records)} images: {options.output}")
+        parallel.finish()
 
     return door.run(embed, rest)
 

@@ -144,6 +144,7 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
         more = details(features, len(split.query), ids) if cfg.TEST.DETAILS else {}
         write_results(Path(cfg.OUTPUT_DIR), rankings, {**source, **more})
         show(cfg, split, features, ids, rankings)
+    parallel.finish()
 
 
 def evaluate_stored(cfg: Config) -> None:
@@ -159,3 +160,4 @@ def evaluate_stored(cfg: Config) -> None:
         more = details(stored.features, stored.num_query, ids) if cfg.TEST.DETAILS else {}
         asked = {"embeddings": cfg.TEST.EMBEDDINGS, "ranking": cfg.TEST.model_dump(mode="json")}
         write_results(Path(cfg.OUTPUT_DIR), rankings, {**stored.source, **asked, **more})
+    parallel.finish()

@@ -161,6 +161,7 @@ class Run:
         """Every rank saves this very step and ends as its signal asks."""
         with self.metrics.paused():
             self.save()
+        parallel.finish()
         raise SystemExit(128 + (self.stop.flag or signal.SIGTERM))
 
     def report_non_finite(self, what: str) -> None:

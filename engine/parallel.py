@@ -76,6 +76,13 @@ def start(device_type: str, *, required: bool = False) -> Ranks:
     return Ranks(dist.get_rank(), world_size, device, init_device_mesh(device.type, (world_size,)))
 
 
+def finish() -> None:
+    """All processes part together: one that simply ended could tear its own threads apart."""
+    if dist.get_world_size() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -21,10 +21,12 @@ def train(cfg: Config) -> None:
     startup = Startup()
     check_weights(cfg.MODEL)
     check_boards(cfg.SOLVER.LOGGERS)
-    from engine.loop import Run  # torch loads only now: a mistake in the configuration has shown at once
+    from engine import parallel  # torch loads only now: a mistake in the configuration has shown at once
+    from engine.loop import Run
 
     startup.lap("imports")
     Run(cfg, startup).train()
+    parallel.finish()
 
 
 if __name__ == "__main__":

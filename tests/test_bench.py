@@ -119,7 +119,7 @@ def test_a_changed_source_makes_a_record_stale(tmp_path: Path, monkeypatch: pyte
 def test_sources_under_test_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({run.digest(suite) for suite in run.SUITES}) == len(run.SUITES)
     monkeypatch.setattr(run, "ROOT", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"kernels/triplet\.py"):
+    with pytest.raises(FileNotFoundError, match="kernels/triplet"):
         run.digest("triplet")
 
 

@@ -17,9 +17,8 @@ def with_gradients(op, inputs: list[Tensor], upstream: list[Tensor], **options) 
     return [*outputs, *torch.autograd.grad(outputs, inputs, [u.to(o.dtype) for u, o in zip(upstream, outputs)])]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_is_as_accurate_as_plain_torch(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+def check_accuracy(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """Output and gradient are as accurate as plain torch's, and the same bits again."""
     batch, tokens, heads, width = shape
     qkv = torch.randn(batch, tokens, 3, heads, width).to(dtype)
     upstream = [torch.randn(batch, tokens, heads * width).to(dtype)]
@@ -29,6 +28,14 @@ def test_is_as_accurate_as_plain_torch(shape: tuple[int, int, int, int], dtype: 
     for name, *values in zip(("output", "gradient of qkv"), out, low, gold):
         assert values[0].dtype == dtype
         assert_as_accurate(name, *values)
+    again = with_gradients(dual_self_attention, [qkv], upstream)
+    torch.testing.assert_close(out, again, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_is_as_accurate_as_plain_torch(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    check_accuracy(shape, dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -52,17 +59,7 @@ BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.needs_gpu("the interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
 @pytest.mark.parametrize("shape", KERNEL_SHAPES)
 def test_kernels_are_as_accurate_as_plain_torch(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    batch, tokens, heads, width = shape
-    qkv = torch.randn(batch, tokens, 3, heads, width).to(dtype)
-    upstream = [torch.randn(batch, tokens, heads * width).to(dtype)]
-    out = with_gradients(dual_self_attention, [qkv], upstream)
-    low = with_gradients(reference.dual_self_attention, [qkv], upstream)
-    gold = with_gradients(reference.dual_self_attention, [qkv.double()], upstream)
-    for name, *values in zip(("output", "gradient of qkv"), out, low, gold):
-        assert values[0].dtype == dtype
-        assert_as_accurate(name, *values)
-    again = with_gradients(dual_self_attention, [qkv], upstream)
-    torch.testing.assert_close(out, again, rtol=0, atol=0)
+    check_accuracy(shape, dtype)
 
 
 @pytest.mark.usefixtures("triton_path")

@@ -28,8 +28,10 @@ setup(
     ],
     extras_require={
         "dali": ["nvidia-dali-cuda130"],
+        "export": ["onnx", "onnxscript", "onnxruntime"],
         "peers": ["pytorch-metric-learning", "torchmetrics", "faiss-cpu"],  # that the benchmarks compare with
         "dev": [
+            *("onnx", "onnxscript", "onnxruntime"),
             *("pytest>=8", "pytest-xdist", "pytest-benchmark", "hypothesis"),
             *("ruff", "mypy", "types-PyYAML", "pre-commit"),
         ],

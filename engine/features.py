@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dataloading.loader import TestLoader
 from dataloading.records import Record
 from engine import embeddings, parallel
-from engine.config import Config
+from engine.config import Config, TestConfig
 from engine.parallel import Ranks
 
 FINITE_ROWS = 4096  # looked at at once
@@ -46,7 +46,9 @@ def embed(
     rows, done = torch.empty(0), 0
     loader = TestLoader(mine, cfg.INPUT, cfg.DATALOADER, batch_size=cfg.TEST.IMS_PER_BATCH, device=ranks.device)
     for batch in loader:
-        feature = _feature(model, batch.images, batch.cameras.where(torch.isin(batch.cameras, known), -1), cfg, ranks)
+        seen = batch.cameras.where(torch.isin(batch.cameras, known), -1)
+        with parallel.autocast(cfg.SOLVER.PRECISION, ranks.device):
+            feature = feature_vectors(model, batch.images, seen, test=cfg.TEST).cpu()
         if not done:
             rows = _storage(len(records), share, feature.shape[1], ranks, folder)
         rows[done : done + len(feature)] = feature[: len(rows) - done]
@@ -62,14 +64,12 @@ def embed(
     return features
 
 
-def _feature(model: nn.Module, images: Tensor, cameras: Tensor, cfg: Config, ranks: Ranks) -> Tensor:
-    """Test vectors (B, D) on the CPU."""
-    feature = torch.zeros(())
-    for seen in (images, images.flip(3)) if cfg.TEST.FLIP else (images,):
-        with parallel.autocast(cfg.SOLVER.PRECISION, ranks.device):
-            outputs = model(seen, cameras)
-        feature = feature + outputs.embedding(cfg.TEST.NECK_FEAT, cfg.TEST.FEAT).float() / (1 + cfg.TEST.FLIP)
-    return (F.normalize(feature) if cfg.TEST.FEAT_NORM else feature).cpu()
+def feature_vectors(model: nn.Module, images: Tensor, cameras: Tensor | None, *, test: TestConfig) -> Tensor:
+    """What TEST asks for, (B, D) in fp32, of normalised images (B, 3, H, W)."""
+    views = (images, images.flip(3)) if test.FLIP else (images,)
+    parts = [model(view, cameras).embedding(test.NECK_FEAT, test.FEAT).float() for view in views]
+    vectors = parts[0] if len(parts) == 1 else (parts[0] + parts[1]) / 2
+    return F.normalize(vectors) if test.FEAT_NORM else vectors
 
 
 def _storage(count: int, share: int, width: int, ranks: Ranks, folder: Path | None) -> Tensor:

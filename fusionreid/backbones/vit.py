@@ -88,7 +88,7 @@ class ViT(nn.Module):
         if images.shape[2:] != self.image_size:
             raise ValueError(f"ViT: built for images of {self.image_size}, got {tuple(images.shape[2:])}")
         prefix = self.cls_token if self.reg_token is None else torch.cat((self.cls_token, self.reg_token), 1)
-        x = torch.cat((prefix.expand(len(images), -1, -1), self.patch_embed(images)), 1)
+        x = torch.cat((prefix.expand(images.shape[0], -1, -1), self.patch_embed(images)), 1)
         if self.pos_embed is not None:
             bare = self.num_prefix - self.positioned_prefix  # leading tokens that have no position
             x = x + (nn.functional.pad(self.pos_embed, (0, 0, bare, 0)) if bare else self.pos_embed)

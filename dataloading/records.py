@@ -102,6 +102,17 @@ def list_images(folder: str | Path) -> tuple[list[str], int]:
     return sorted(found), skipped
 
 
+def find_images(path: Path) -> tuple[Record, ...]:
+    """One image, or all in a folder and the folders inside it, sorted; person and camera are not known."""
+    if path.is_file():
+        paths = [str(path.absolute())]
+    else:
+        paths = [image for folder, _, _ in os.walk(path.absolute()) for image in list_images(folder)[0]]
+    if not paths:
+        raise DataError(f"{shown(path)} holds no images; name an image, or a folder with some in it or below it")
+    return tuple(Record(image, -1, -1) for image in sorted(paths))
+
+
 def _is_regular(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_file()

@@ -5,7 +5,6 @@ the best checkpoint in OUTPUT_DIR. Cameras are unknown, so a model with camera e
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder must not hide modules, and its project need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from dataloading.records import DataError, Record, list_images, shown
 from engine import door
 from engine.config import Config
 
@@ -27,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def embed(cfg: Config) -> None:
         from engine import embeddings, parallel
-        from engine.search import embed_images
+        from engine.features import embed_images
 
         found = embed_images(cfg, options.images, options.output)
         if found is not None:
@@ -36,17 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parallel.finish()
 
     return door.run(embed, rest)
-
-
-def find_images(path: Path) -> tuple[Record, ...]:
-    """One image, or all in a folder and the folders inside it, sorted; person and camera are not known."""
-    if path.is_file():
-        paths = [str(path.absolute())]
-    else:
-        paths = [image for folder, _, _ in os.walk(path.absolute()) for image in list_images(folder)[0]]
-    if not paths:
-        raise DataError(f"{shown(path)} holds no images; name an image, or a folder with some in it or below it")
-    return tuple(Record(image, -1, -1) for image in sorted(paths))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataloading.loader import TestLoader
-from dataloading.records import Record
+from dataloading.records import Record, find_images
 from engine import embeddings, parallel
 from engine.config import Config, TestConfig
+from engine.embeddings import Embeddings
 from engine.parallel import Ranks
+from engine.restore import find_checkpoint, restore
 
 FINITE_ROWS = 4096  # looked at at once
 
@@ -62,6 +64,17 @@ def embed(
         dist.barrier()  # only now may the draft be renamed
     check_finite(features, records)
     return features
+
+
+def embed_images(cfg: Config, path: Path, folder: Path | None = None) -> Embeddings | None:
+    """Features of the images at a path by the model of the configuration; None on all ranks but the main one."""
+    records = find_images(path)
+    ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
+    checkpoint = find_checkpoint(cfg)
+    model = parallel.shard(restore(checkpoint, cfg).model.to(ranks.device), ranks)
+    features = embed(model, records, (), cfg, ranks, folder)
+    source = {"data": str(path), "checkpoint": str(checkpoint), "TEST": cfg.TEST.model_dump(mode="json")}
+    return Embeddings(features, records, 0, source) if ranks.main else None
 
 
 def feature_vectors(model: nn.Module, images: Tensor, cameras: Tensor | None, *, test: TestConfig) -> Tensor:

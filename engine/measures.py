@@ -28,6 +28,14 @@ class CameraPair(NamedTuple):
     rank1: float
 
 
+class OperatingPoint(NamedTuple):
+    """What a threshold lets through, over the pairs of all queries."""
+
+    false_positive_rate: float  # of pairs of two persons, at most
+    distance: float  # squared; pairs nearer than this are taken for one person
+    true_positive_rate: float  # of the matches
+
+
 def distance_blocks(query: Tensor, gallery: Tensor) -> Iterator[Tensor]:
     """Squared Euclidean distances by an fp32 product."""
     squares = gallery.norm(dim=1).square()
@@ -60,16 +68,16 @@ def camera_pairs(query: Tensor, gallery: Tensor, ids: Ids, *, metric: Metric = "
     return pairs
 
 
-def true_positive_rates(blocks: Iterable[Tensor], ids: Ids, false_positive_rates: Sequence[float]) -> list[float]:
-    """Share of the matches accepted at the loosest threshold that lets in at most that share of the other pairs.
+def operating_points(blocks: Iterable[Tensor], ids: Ids, false_positive_rates: Sequence[float]) -> list[OperatingPoint]:
+    """The loosest threshold for each rate that there are enough pairs to tell.
 
     The pairs of all queries are held against one threshold, as in verification; a query's person in its own camera is
     no pair.
     """
     same = sum(int((ids[1] == person).sum()) for person in ids[0].tolist())
     num_negative = len(ids[0]) * len(ids[1]) - same
-    admitted = [int(rate * num_negative) for rate in false_positive_rates]
-    most = max(admitted) + 1
+    admitted = {rate: int(rate * num_negative) for rate in false_positive_rates if rate * num_negative >= 1}
+    most = max(admitted.values(), default=0) + 1
     positive, negative = [], torch.empty(0)
     for block, person, camera in _with_ids(blocks, ids):
         of_person = ids[1] == person[:, None]
@@ -78,10 +86,13 @@ def true_positive_rates(blocks: Iterable[Tensor], ids: Ids, false_positive_rates
         if len(negative) > most:
             negative = negative.topk(most, largest=False, sorted=False).values
     negative = F.pad(negative.sort().values, (0, 1), value=torch.inf)
-    accepted = torch.cat(positive)
-    if not len(accepted):
+    match = torch.cat(positive)
+    if not len(match):
         raise RetrievalError("no query has a match, so there is no rate of true positives")
-    return [(accepted < negative[count]).double().mean().item() for count in admitted]
+    return [
+        OperatingPoint(rate, negative[count].item(), (match < negative[count]).double().mean().item())
+        for rate, count in admitted.items()
+    ]
 
 
 def single_gallery_shot(blocks: Iterable[Tensor], ids: Ids, *, max_rank: int = 50) -> Tensor:

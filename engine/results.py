@@ -14,9 +14,9 @@ from engine.measures import (
     bootstrap,
     camera_pairs,
     distance_blocks,
+    operating_points,
     pool_queries,
     single_gallery_shot,
-    true_positive_rates,
 )
 from engine.metrics import write_json
 from engine.report import System, rank_lists, write_html
@@ -48,16 +48,22 @@ def write_results(output: Path, rankings: Mapping[str, Ranking], about: Mapping[
 
 
 def details(features: Tensor, num_query: int, ids: Ids) -> dict[str, Any]:
-    """What TEST.DETAILS adds to metrics.json; cameras are counted from 1."""
+    """What TEST.DETAILS adds to metrics.json, thresholds also to what is printed; cameras are counted from 1."""
     query, gallery = features[:num_query], features[num_query:]
     pooled, persons, cameras = pool_queries(query, ids[0], ids[2])
     multi = rank(pooled, gallery, persons, ids[1], cameras, ids[3])
     pairs = camera_pairs(query, gallery, ids, metric="euclidean")
-    rates = true_positive_rates(distance_blocks(query, gallery), ids, FALSE_POSITIVE_RATES)
+    unit_length = bool(((features.norm(dim=1) - 1).abs() < 1e-3).all())
+    points = operating_points(distance_blocks(query, gallery), ids, FALSE_POSITIVE_RATES)
+    thresholds = [{**p._asdict(), **({"cosine": 1 - p.distance / 2} if unit_length else {})} for p in points]
+    for point in thresholds:
+        limit = f"cosine {point['cosine']:.3f} up" if unit_length else f"distance {point['distance'] ** 0.5:.3f} down"
+        print(f"the same person from {limit}: so say {100 * point['true_positive_rate']:.1f} % of the matches and at "
+              f"most 1 in {1 / point['false_positive_rate']:,.0f} of all other pairs")  # fmt: skip
     shot = single_gallery_shot(distance_blocks(query, gallery), ids)
     return {
         "camera_pairs": [{**p._asdict(), "query": p.query + 1, "gallery": p.gallery + 1} for p in pairs],
-        "true_positive_rate_at": {f"{rate:g}": value for rate, value in zip(FALSE_POSITIVE_RATES, rates)},
+        "thresholds": thresholds,
         "single_gallery_shot": {f"Rank-{r}": shot[r - 1].item() for r in SHOWN_RANKS},
         "multi_query": {"queries": multi.num_valid, "mAP": multi.mAP, "Rank-1": multi.cmc[0].item()},
     }

@@ -1,8 +1,9 @@
 """The door of search: which gallery images look most like each query, by the cosine of their features.
 
-`python engine/search.py --query Q --gallery G [--top 10] [--json FILE] [--config_file FILE] [KEY VALUE ...]`; each of Q
-and G is a folder of embeddings, as evaluate and embed leave it, or an image or a folder of images, for which the model
-of the configuration is needed.
+`python engine/search.py --query Q --gallery G [--top 10] [--at-least COSINE] [--json FILE] [--config_file FILE]
+[KEY VALUE ...]`; each of Q and G is a folder of embeddings, as evaluate and embed leave it, or an image or a folder of
+images, for which the model of the configuration is needed. An evaluation with TEST.DETAILS says which cosine means the
+same person.
 """
 
 import argparse
@@ -18,7 +19,6 @@ if __name__ == "__main__":  # a script's own folder must not hide modules, and i
 from dataloading.records import DataError
 from engine import door
 from engine.config import Config
-from engine.embed import find_images
 
 if TYPE_CHECKING:
     from engine.embeddings import Embeddings
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--query", required=wanted, type=Path)
     parser.add_argument("--gallery", required=wanted, type=Path)
     parser.add_argument("--top", default=10, type=int)
+    parser.add_argument("--at-least", default=-1.0, type=float, metavar="COSINE")
     parser.add_argument("--json", type=Path)
     options, rest = parser.parse_known_args(given)
     if not any(word.startswith("--config_file") for word in rest):
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         query, gallery = (_load_or_embed(cfg, path) for path in (options.query, options.gallery))
         if query is None or gallery is None:
             return  # the main rank has them
-        found = nearest(query, gallery, options.top)
+        found = nearest(query, gallery, options.top, options.at_least)
         for line in found:
             print(line["query"])
             for place, match in enumerate(line["matches"], 1):
@@ -53,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return door.run(search, rest)
 
 
-def nearest(query: "Embeddings", gallery: "Embeddings", count: int) -> list[dict[str, Any]]:
-    """For every query its path and its nearest gallery images, the first one first."""
+def nearest(query: "Embeddings", gallery: "Embeddings", count: int, at_least: float = -1.0) -> list[dict[str, Any]]:
+    """For every query its path and its nearest gallery images of a cosine of at least so much, the first one first."""
     from engine.embeddings import EmbeddingsError
     from kernels import nearest_neighbours
 
@@ -69,30 +70,14 @@ def nearest(query: "Embeddings", gallery: "Embeddings", count: int) -> list[dict
     return [
         {"query": record.path, "matches": [
             {"path": gallery.records[i].path, "person": gallery.records[i].person, "camera": gallery.records[i].camera,
-             "cosine": 1 - distance / 2} for i, distance in zip(indices, distances)]}
+             "cosine": 1 - distance / 2} for i, distance in zip(indices, distances) if 1 - distance / 2 >= at_least]}
         for record, indices, distances in zip(query.records, near.indices.tolist(), near.distances.tolist())
     ]  # fmt: skip
 
 
-def embed_images(cfg: Config, path: Path, folder: Path | None = None) -> "Embeddings | None":
-    """Features of the images at a path by the model of the configuration; None on all ranks but the main one."""
-    from engine import parallel
-    from engine.embeddings import Embeddings
-    from engine.features import embed
-    from engine.restore import find_checkpoint, restore
-
-    records = find_images(path)
-    ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
-    checkpoint = find_checkpoint(cfg)
-    model = parallel.shard(restore(checkpoint, cfg).model.to(ranks.device), ranks)
-    features = embed(model, records, (), cfg, ranks, folder)
-    source = {"data": str(path), "checkpoint": str(checkpoint), "TEST": cfg.TEST.model_dump(mode="json")}
-    return Embeddings(features, records, 0, source) if ranks.main else None
-
-
 def _load_or_embed(cfg: Config, path: Path) -> "Embeddings | None":
     from engine import embeddings
-    from engine.features import check_finite
+    from engine.features import check_finite, embed_images
 
     if not (path / embeddings.INDEX).is_file():
         return embed_images(cfg, path)

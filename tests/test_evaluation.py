@@ -66,6 +66,8 @@ def test_stored_embeddings_are_ranked_again_to_the_same_numbers(data: Path, eval
     again, first = results(tmp_path), results(evaluated)
     assert again["results"] == first["results"]
     assert again["camera_pairs"] == first["camera_pairs"]
+    assert again["thresholds"] == first["thresholds"]
+    assert [point["false_positive_rate"] for point in first["thresholds"]] == [1e-2]  # of a few hundred pairs
     assert again["checkpoint"] == first["checkpoint"]
     run = command(*arguments(data, tmp_path / "two", **stored, **ASKED), processes=2, door="evaluate")
     code, text = finish(run)
@@ -91,6 +93,11 @@ def test_search_finds_each_image_itself_first(data: Path, weights: Path, evaluat
     assert search(["--query", stored, "--gallery", stored, "--top", "3", "--json", str(found)]) == 0
     lines = json.loads(found.read_text())
     assert all(line["matches"][0]["path"] == line["query"] and len(line["matches"]) == 3 for line in lines)
+    cosines = sorted(match["cosine"] for line in lines for match in line["matches"])
+    least = cosines[len(cosines) // 2]
+    assert search(["--query", stored, "--gallery", stored, "--top=3", f"--at-least={least}", f"--json={found}"]) == 0
+    some = [match["cosine"] for line in json.loads(found.read_text()) for match in line["matches"]]
+    assert sorted(some) == [cosine for cosine in cosines if cosine >= least]
     image = embeddings.load(evaluated / "embeddings").records[5].path
     argv = arguments(data, tmp_path, TEST__WEIGHT=weights)
     assert search(["--query", image, "--gallery", stored, "--json", str(found), *argv]) == 0

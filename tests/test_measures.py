@@ -15,9 +15,9 @@ from engine.measures import (
     camera_pairs,
     distance_blocks,
     expand_queries,
+    operating_points,
     pool_queries,
     single_gallery_shot,
-    true_positive_rates,
 )
 from engine.retrieval import RetrievalError, rank
 from tests.numerics import assert_close
@@ -56,18 +56,21 @@ def test_camera_pairs_are_rankings_of_subsets() -> None:
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(levels=st.sampled_from([3, 1000]), block=st.integers(1, 9), seed=st.integers(0, 999))
-def test_true_positive_rates_equal_a_walk_over_all_thresholds(levels: int, block: int, seed: int) -> None:
+def test_operating_points_equal_a_walk_over_all_thresholds(levels: int, block: int, seed: int) -> None:
     *_, ids = case(8, 30, 4, 3, seed)
     distances = torch.randint(0, levels, (8, 30), generator=torch.Generator().manual_seed(seed)).float()
     same, mine = ids[0][:, None] == ids[1], ids[2][:, None] == ids[3]
     positive, negative = distances[same & ~mine], distances[~same]
-    rates = [0.0, 0.01, 0.3, 1.0]
-    expected = []
-    for rate in rates:
+    rates = [0.001, 0.01, 0.3, 1.0]
+    points = operating_points(distances.split(block), ids, rates)
+    assert [p.false_positive_rate for p in points] == [rate for rate in rates if rate * len(negative) >= 1]
+    for point in points:
         thresholds = [*distances.unique().tolist(), torch.inf]
-        allowed = [t for t in thresholds if (negative < t).sum() <= int(rate * len(negative))]
-        expected.append(max([(positive < t).double().mean().item() for t in allowed]))
-    assert true_positive_rates(distances.split(block), ids, rates) == pytest.approx(expected)
+        allowed = [t for t in thresholds if (negative < t).sum() <= int(point.false_positive_rate * len(negative))]
+        best = max((positive < t).double().mean().item() for t in allowed)
+        assert point.true_positive_rate == pytest.approx(best)
+        assert (positive < point.distance).double().mean().item() == pytest.approx(best)
+        assert (negative < point.distance).sum() <= point.false_positive_rate * len(negative)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

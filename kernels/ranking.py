@@ -7,13 +7,13 @@ fp64 throughout the rest. No distance matrix, no sort.
 Q queries, G gallery, M matches of all queries, T most matches of one query, b queries in a block, P pairs.
 """
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels import ranking_tiles
+from kernels._counting import Counter, Matches
 from kernels._distances import (
     Rows,
     close_bound,
@@ -27,24 +27,12 @@ from kernels._distances import (
 from kernels._path import use_triton
 
 QUERY_BLOCK = GALLERY_BLOCK = 1024
-TALLY_ROWS, PAIRS = 128, 4096  # looked at and decided at once
-FEW = 1 / 16  # share of near pairs below which they are picked out
-
-Measure = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # rows, columns (P,) -> fp64 distances, their bound (P,)
 
 
 class RankCounts(NamedTuple):
     ranks: Tensor  # (M,) int64 from 1, ascending within a query; query i owns ranks[offsets[i] : offsets[i + 1]]
     offsets: Tensor  # (Q + 1,) int64
     recomputed: int  # pairs inside the error bound
-
-
-class _Matches(NamedTuple):
-    """The matches of a block of queries, nearest first, padded to T."""
-
-    distances: Tensor  # (b, T) fp64, padding inf
-    indices: Tensor  # (b, T) in the gallery
-    counts: Tensor  # (b,)
 
 
 def rank_counts(
@@ -83,14 +71,16 @@ def rank_counts_of(
     q, g, match = _same_person(query_persons, gallery_persons, query_cameras, gallery_cameras)
     matches = _nearest_first(distances[q[match], g[match]].double(), q[match], g[match], len(distances))
     values = distances.index_put((q, g), torch.tensor(torch.inf, dtype=distances.dtype, device=distances.device))
-    tally = torch.zeros_like(matches.indices)
+    if not matches.indices.numel():
+        return _joined([(matches.indices, matches, 0)], torch.arange(len(distances), device=distances.device))
+    counter = Counter(matches, matches.distances, 0.0, distances.dtype)
 
     def given(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         value = values[rows, columns].double()
         return value, torch.zeros_like(value)
 
-    _add_tally(tally, values, *_edges(matches.distances, 0, distances.dtype), matches, [given])
-    return _joined([(tally, matches, 0)], torch.arange(len(distances), device=distances.device))
+    counter.add(values, [given])
+    return _joined([(counter.tally(), matches, 0)], torch.arange(len(distances), device=distances.device))
 
 
 def _most_first(query_persons: Tensor, gallery_persons: Tensor) -> Tensor:
@@ -112,25 +102,24 @@ def _same_person(
     return q, g, query_cameras[q] != gallery_cameras[g]
 
 
-def _nearest_first(distances: Tensor, q: Tensor, g: Tensor, num_queries: int) -> _Matches:
+def _nearest_first(distances: Tensor, q: Tensor, g: Tensor, num_queries: int) -> Matches:
     order = distances.argsort(stable=True)  # g ascends within a query: ties by gallery index
     order = order[q[order].argsort(stable=True)]
     counts = torch.bincount(q, minlength=num_queries)
     place = torch.arange(len(q), device=q.device) - (counts.cumsum(0) - counts)[q]
     shape = num_queries, int(counts.max()) if len(q) else 0
     nearest = distances.new_full(shape, torch.inf).index_put((q, place), distances[order])
-    return _Matches(nearest, g.new_zeros(shape).index_put((q, place), g[order]), counts)
+    return Matches(nearest, g.new_zeros(shape).index_put((q, place), g[order]), counts)
 
 
 def _count_features(
-    queries: Rows, items: Rows, block: Tensor, matches: _Matches, q: Tensor, g: Tensor
+    queries: Rows, items: Rows, block: Tensor, matches: Matches, q: Tensor, g: Tensor
 ) -> tuple[Tensor, int]:
-    tally, recomputed = torch.zeros_like(matches.indices), 0
-    if not tally.numel():
-        return tally, recomputed
+    if not matches.indices.numel():
+        return torch.zeros_like(matches.indices), 0
     centre = matches.distances - queries.length[block, None].square()
-    edges = _edges(centre, error_bound(queries, items, block)[:, None], torch.float32)
-    bound = close_bound(queries, items, block)
+    counter = Counter(matches, centre, error_bound(queries, items, block)[:, None], torch.float32)
+    bound, recomputed = close_bound(queries, items, block), 0
 
     def close(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         return close_distances(queries, items, block[rows], columns), bound[rows]
@@ -141,72 +130,11 @@ def _count_features(
     for columns, values in fast_distances(scaled(queries, block), items, GALLERY_BLOCK):
         here = (g >= columns.start) & (g < columns.stop)
         values[q[here], g[here] - columns.start] = torch.inf  # the query's own person is not counted here
-        recomputed += _add_tally(tally, values, *edges, matches, [close, exact], columns.start)
-    return tally, recomputed
+        recomputed += counter.add(values, [close, exact], columns.start)
+    return counter.tally(), recomputed
 
 
-def _edges(centre: Tensor, bound: Tensor | int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A distance below lower (b, T) comes before the match, one above upper (b, T) after it; padding: all after."""
-    padding = centre.isinf()
-    return tuple((centre + side).masked_fill(padding, -torch.inf).to(dtype) for side in (-bound, bound))
-
-
-def _add_tally(
-    tally: Tensor, values: Tensor, lower: Tensor, upper: Tensor, matches: _Matches, measures: Sequence[Measure],
-    first_column: int = 0,
-) -> int:  # fmt: skip
-    """Add to tally (b, T) how many columns of values come before each match; returns how many values left open."""
-    asked = 0
-    for start in range(0, len(values) if tally.numel() else 0, TALLY_ROWS):
-        block = slice(start, start + TALLY_ROWS)
-        value, before, after, mine = values[block], lower[block], upper[block], tally[block]
-        near = value <= after.amax(1, keepdim=True)  # the others come after every match
-        if near.count_nonzero() <= FEW * near.numel():  # as for a trained model: look at these only
-            r, c = near.nonzero(as_tuple=True)
-            surely = value[r, c, None] < before[r]
-            mine.index_add_(0, r, surely.to(mine.dtype))
-        else:
-            r, c = _tally_all(mine, value, before, after, matches.counts[block]).nonzero(as_tuple=True)
-        for rows, columns in zip(r.split(PAIRS), c.split(PAIRS)):
-            close = value[rows, columns, None]
-            is_open = (before[rows] <= close) & (close <= after[rows])
-            some = is_open.any(1)
-            asked += int(some.count_nonzero())
-            pairs = rows[some] + start, columns[some] + first_column
-            _settle(tally, *pairs, is_open[some], matches, measures)
-    return asked
-
-
-def _tally_all(tally: Tensor, value: Tensor, lower: Tensor, upper: Tensor, counts: Tensor) -> Tensor:
-    """Adds the values surely before each match; how many matches each value leaves open, as a float of its shape."""
-    is_open, hit = torch.zeros_like(value), torch.empty_like(value)
-    for t in range(int(counts.max())):
-        live = slice(0, int((counts > t).nonzero().max()) + 1)
-        is_open[live] += torch.le(value[live], upper[live, t, None], out=hit[live])
-        is_open[live] -= torch.lt(value[live], lower[live, t, None], out=hit[live])
-        tally[live, t] += hit[live].sum(1).to(tally.dtype)
-    return is_open
-
-
-def _settle(
-    tally: Tensor, rows: Tensor, columns: Tensor, is_open: Tensor, matches: _Matches, measures: Sequence[Measure]
-) -> None:
-    """Decide the pairs (P,) for the matches that are open (P, T), by one measure after the other; the last is exact."""
-    for measure in measures:
-        if not len(rows):
-            return
-        distance, bound = (t[:, None] for t in measure(rows, columns))
-        threshold = matches.distances[rows]
-        before = distance < threshold - bound
-        if measure is measures[-1]:
-            before |= (distance == threshold) & (columns[:, None] < matches.indices[rows])
-        tally.index_add_(0, rows, (before & is_open).to(tally.dtype))
-        is_open = is_open & (threshold - bound <= distance) & (distance <= threshold + bound)
-        some = is_open.any(1)
-        rows, columns, is_open = rows[some], columns[some], is_open[some]
-
-
-def _joined(parts: list[tuple[Tensor, _Matches, int]], order: Tensor) -> RankCounts:
+def _joined(parts: list[tuple[Tensor, Matches, int]], order: Tensor) -> RankCounts:
     """The parts' queries, one after the other, are `order` (Q,): brought back into theirs."""
     ranks, counts = [], []
     for tally, matches, _ in parts:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import RankCounts, _distances, rank_counts, rank_counts_of, ranking, reference
+from kernels import RankCounts, _counting, _distances, rank_counts, rank_counts_of, ranking, reference
 
 
 def made_up(num_query: int, num_gallery: int, width: int, kind: str, seed: int) -> tuple[Tensor, ...]:
@@ -42,17 +42,21 @@ def assert_equal(counted: RankCounts, expected: RankCounts) -> None:
     persons=st.integers(1, 6),
     cameras=st.integers(1, 3),
     normalize=st.booleans(),
+    few=st.sampled_from([0, 1 / 16, 1]),
     seed=st.integers(0, 9999),
 )
 def test_equals_sorting_fp64_distances(
-    num_query: int, num_gallery: int, width: int, kind: str, persons: int, cameras: int, normalize: bool, seed: int
-) -> None:
+    num_query: int, num_gallery: int, width: int, kind: str, persons: int, cameras: int, normalize: bool, few: float,
+    seed: int,
+) -> None:  # fmt: skip
     features = made_up(num_query, num_gallery, width, kind, seed)
     ids = made_up_ids(num_query, num_gallery, persons, cameras, seed)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"QUERY_BLOCK": 3, "GALLERY_BLOCK": 4, "TALLY_ROWS": 2, "PAIRS": 5}.items():
-            patch.setattr(ranking, name, value)
+        patch.setattr(ranking, "QUERY_BLOCK", 3)
+        patch.setattr(ranking, "GALLERY_BLOCK", 4)
         patch.setattr(_distances, "EXACT_ROWS", 7)
+        for name, value in {"ROWS": 2, "PAIRS": 5, "FEW": few, "BUCKETS": 16}.items():
+            patch.setattr(_counting, name, value)
         counted = rank_counts(*features, *ids, normalize=normalize)
     assert_equal(counted, reference.rank_counts(*features, *ids, normalize=normalize))
 

@@ -19,10 +19,10 @@ from bench.builds import Launch
 from bench.timing import Case, Settings, Work
 from engine.rerank import k_reciprocal
 from engine.retrieval import rank
-from kernels import _distances, nearest_neighbours, ranking_tiles
+from kernels import _distances, _rows, nearest_neighbours, neighbour_tiles, ranking_tiles
 
-SOURCES = ("engine/retrieval.py", "engine/rerank.py", "kernels/ranking*.py", "kernels/neighbours.py",
-           "kernels/_distances.py")  # fmt: skip
+SOURCES = ("engine/retrieval.py", "engine/rerank.py", "kernels/ranking*.py", "kernels/neighbour*.py",
+           "kernels/_counting.py", "kernels/_distances.py", "kernels/_rows.py")  # fmt: skip
 MAX_RANK = 50
 QUERY_BLOCK = 1024
 NEAREST = 10
@@ -59,7 +59,7 @@ def launches() -> Iterator[Launch]:
     queries, gallery, width, *_ = SIZES["full"][-1]
     images, span, tile = queries + gallery, ranking_tiles.SPAN, ranking_tiles.TILE
     features = torch.zeros(tile, width)
-    rows, index = _distances.Rows("features", features, False), torch.zeros(tile, dtype=torch.int64)
+    rows, index = _rows.Rows("features", features, False), torch.zeros(tile, dtype=torch.int64)
     split = ranking_tiles.Split(torch.zeros(tile, 3 * width, dtype=torch.int8), features[:, 0], torch.zeros(3, tile))
     ids, edge = index.int(), torch.zeros(2, 11)  # matches, queries
 
@@ -69,9 +69,17 @@ def launches() -> Iterator[Launch]:
             split, split, persons, features[:, 0], (edge, edge), edge.int(), index[:1], ids.expand(2, -1)
         )
 
-    yield Launch("lengths", lambda: _distances.lengths(features, 1), 4 * images * width, 2 * images * width)
+    found = neighbour_tiles.Found.nothing(11, NEAREST, features.device)
+    piece = slice(0, tile)
+
+    def append() -> None:
+        neighbour_tiles.append_piece(split, split, features[:, 0], piece, 0, found, NEAREST)
+
+    yield Launch("lengths", lambda: _rows.lengths(features, 1), 4 * images * width, 2 * images * width)
     yield Launch("integers", lambda: ranking_tiles.split_rows(rows, index), 7 * images * width, 12 * images * width)
     yield Launch("counts of one span", count, 3 * (queries + span) * width, 12 * queries * span * width)
+    queries = neighbour_tiles.QUERIES
+    yield Launch("nearest of one span", append, 3 * (queries + span) * width, 12 * queries * span * width)
     yield Launch(
         "fp64 distance of a pair", lambda: _distances.exact_distances(rows, rows, index, index), 8 * width, 5 * width
     )

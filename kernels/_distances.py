@@ -19,63 +19,23 @@ from torch import Tensor
 
 from kernels import ranking_kernels
 from kernels._path import use_triton
+from kernels._rows import Rows
 
 CHUNK = 128  # columns per product
-EXACT_ROWS, EXACT_ELEMENTS = 1024, 2**18  # most of one fp64 batch: it stays in a core's cache
 CLOSE_ELEMENTS = 2**19  # of one batch of fp32 products
+FETCHED = 2**13  # pairs whose rows are brought to the device at once
 UNIT = 2.0**-24
-LONGEST = 1e18  # of a row: its square is still an fp32 number
-
-
-class Rows:
-    """A matrix of features (N, D) on its device, or on disk behind a memory map, with the length of every row."""
-
-    def __init__(self, name: str, features: Tensor, normalize: bool) -> None:
-        if features.ndim != 2 or 0 in features.shape or not features.is_floating_point():
-            raise ValueError(f"{name} must be floating (N, D), neither of them 0, got {tuple(features.shape)}")
-        self.features = features.contiguous() if use_triton(features) else features
-        self.batch = max(1, min(EXACT_ROWS, EXACT_ELEMENTS // features.shape[1]))
-        length = lengths(self.features, self.batch)
-        bad = (~(length < LONGEST)).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(f"{name}: {len(bad)} of {len(features)} rows are not finite or too long, first {bad[:5]}")
-        self.normalized = normalize
-        self.scale = 1 / length.clamp_min(1e-12) if normalize else torch.ones_like(length)
-        self.length = length * self.scale
-
-    @classmethod
-    def both(cls, query: Tensor, gallery: Tensor, normalize: bool) -> tuple["Rows", "Rows"]:
-        if query.shape[1:] != gallery.shape[1:] or query.dtype != gallery.dtype:
-            raise ValueError(
-                f"query and gallery must be features of one model, equally wide and of one type, "
-                f"got {tuple(query.shape)} {query.dtype} and {tuple(gallery.shape)} {gallery.dtype}"
-            )
-        items = cls("gallery", gallery, normalize)
-        return items if query is gallery else cls("query", query, normalize), items
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-
-def lengths(features: Tensor, batch: int) -> Tensor:
-    """Of every row (N,) in fp64."""
-    length = torch.empty(len(features), dtype=torch.float64, device=features.device)
-    if use_triton(features):
-        ranking_kernels.lengths[(triton.cdiv(len(features), 16),)](
-            features, length, *features.shape, ROWS=16, BLOCK=128
-        )
-        return length
-    size = min(batch, len(features))
-    rows = torch.empty(size, features.shape[1], dtype=torch.float64, device=features.device)
-    for start in range(0, len(features), size):
-        block = slice(min(start, len(features) - size), min(start + size, len(features)))
-        length[block] = rows.copy_(features[block]).square_().sum(1).sqrt()  # `size` rows: equal rows, equal lengths
-    return length
 
 
 def exact_distances(query: Rows, gallery: Rows, q: Tensor, g: Tensor) -> Tensor:
     """Squared distances (P,) in fp64 of the pairs (q[p], g[p]), in batches of one size whatever P."""
     distances = torch.empty(len(q), dtype=torch.float64, device=q.device)
+    if gallery.elsewhere:
+        for pairs in g.argsort().split(FETCHED):  # each row comes about once
+            rows, place = g[pairs].unique(return_inverse=True)
+            part = gallery.part(rows, gallery.features[rows.to(gallery.features.device)].to(q.device))
+            distances[pairs] = exact_distances(query, part, q[pairs], place)
+        return distances
     if use_triton(query.features):
         if len(q):
             ranking_kernels.distances[(triton.cdiv(len(q), 16),)](
@@ -132,7 +92,7 @@ def fast_tile(query: Tensor, gallery: Rows, block: slice, memory: Tensor) -> Ten
     """`fast_distances` of one block of the gallery (b, block), in memory (3, at least that many) of the caller."""
     width, group = query.shape[1], CHUNK * _chunks_per_group(query.shape[1])
     total, part, chunk = memory[:, : len(query) * (block.stop - block.start)].view(3, len(query), -1)
-    columns = gallery.features[block].float().T
+    columns = gallery.features[block].to(query.device).float().T
     for first in range(0, width, group):
         into = part if first else total
         torch.mm(query[:, first : first + CHUNK], columns[first : first + CHUNK], out=into)

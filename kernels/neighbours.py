@@ -1,8 +1,9 @@
 """The k nearest gallery rows of every query, exactly:  the order of the fp64 squared distances, ties by gallery index.
 
-Candidates come from a fast fp32 product with a running top-k of k + SPARE. Where two of them are nearer to each other
-than twice the error bound, fp64 distances decide. All others are at least as far as the last candidate, less the bound:
-where the k-th does not clear that, the query meets all rows again that the bound cannot exclude.
+Candidates come from a fast product, on a GPU that of `neighbour_tiles`, with a running top-k of k + SPARE. Where two
+of them are nearer to each other than twice the error bound, fp64 distances decide. All others are at least as far as
+the last candidate, less the bound: where the k-th does not clear that, the query meets all rows again that the bound
+cannot exclude.
 """
 
 from typing import NamedTuple
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from kernels._distances import (
     UNIT,
-    Rows,
     error_bound,
     exact_distances,
     fast_distances,
@@ -21,6 +21,10 @@ from kernels._distances import (
     full_precision,
     scaled,
 )
+from kernels._path import use_triton
+from kernels._rows import Rows
+from kernels.neighbour_tiles import Candidates, nearest_by_tiles
+from kernels.ranking_tiles import WIDEST
 
 BLOCK = 1024  # rows and columns of a product
 AGAIN_ROWS = 64
@@ -30,7 +34,7 @@ SPARE = 8
 class Neighbours(NamedTuple):
     distances: Tensor  # (Q, k) fp64, squared, ascending
     indices: Tensor  # (Q, k) int64
-    farthest: Tensor  # (Q,) fp64, squared: the farthest row by the fast product, its distance in fp64
+    farthest: Tensor  # (Q,) fp32, squared: of the farthest row, by the fast product
 
 
 def nearest_neighbours(query: Tensor, gallery: Tensor, k: int, *, normalize: bool = False) -> Neighbours:
@@ -60,22 +64,17 @@ def _check(k: int, gallery: Tensor) -> None:
         raise ValueError(f"nearest_neighbours: k must be 1 to {len(gallery)}, the size of the gallery, got {k}")
 
 
-class _Candidates:
+class _Running:
     """The nearest so far and the farthest of some rows, by the fast product."""
 
-    def __init__(self, num_rows: int, count: int, like: Tensor) -> None:
-        self.values = like.new_full((num_rows, count), torch.inf, dtype=torch.float32)  # ascending
-        self.indices = torch.zeros(num_rows, count, dtype=torch.int64, device=like.device)
-        self.largest = like.new_full((num_rows,), -torch.inf, dtype=torch.float32)
-        self.farthest = torch.zeros(num_rows, dtype=torch.int64, device=like.device)
+    def __init__(self, num_rows: int, count: int, device: torch.device) -> None:
+        self.values = torch.full((num_rows, count), torch.inf, device=device)  # fp32, ascending
+        self.indices = torch.zeros(num_rows, count, dtype=torch.int64, device=device)
+        self.farthest = torch.full((num_rows,), -torch.inf, device=device)
 
     def add(self, rows: slice, values: Tensor, first_column: int) -> None:
         """Distances (b, w) of these rows to consecutive columns."""
-        peak = values.max(1)
-        self.farthest[rows] = torch.where(
-            peak.values > self.largest[rows], peak.indices + first_column, self.farthest[rows]
-        )
-        self.largest[rows] = torch.maximum(peak.values, self.largest[rows])
+        self.farthest[rows] = torch.maximum(values.amax(1), self.farthest[rows])
         count = self.values.shape[1]
         near = values.topk(min(count, values.shape[1]), largest=False)
         both = torch.cat([self.values[rows], near.values], 1)
@@ -85,11 +84,27 @@ class _Candidates:
 
 
 def _nearest(queries: Rows, items: Rows, rows: slice, k: int) -> Neighbours:
-    candidates = _Candidates(rows.stop - rows.start, min(k + SPARE, len(items)), queries.features)
+    count, device = min(k + SPARE, len(items)), queries.features.device
+    if rows.start == rows.stop:
+        none = torch.zeros(0, k, dtype=torch.int64, device=device)
+        return Neighbours(none.double(), none, none[:, 0].float())
+    tiles = use_triton(queries.features) and queries.features.shape[1] <= WIDEST
+    candidates = (nearest_by_tiles if tiles else _nearest_by_blocks)(queries, items, rows, count)
+    longest = torch.maximum(queries.length[rows], items.length.max())
+    bound = candidates.bound + 6 * UNIT * longest.square()  # |q|^2 and the sum with it are rounded
+    blocks = torch.arange(rows.start, rows.stop, device=device).split(BLOCK)
+    some = (t.split(BLOCK) for t in (candidates.values, candidates.indices, bound))
+    parts = [_ordered(queries, items, k, *block) for block in zip(blocks, *some, strict=True)]
+    distances, indices = (torch.cat(columns) for columns in zip(*parts))
+    return Neighbours(distances, indices, candidates.farthest.clamp_min(0))
+
+
+def _nearest_by_blocks(queries: Rows, items: Rows, rows: slice, count: int) -> Candidates:
+    running = _Running(rows.stop - rows.start, count, queries.features.device)
     symmetric = queries is items
     inner = _blocks(rows.start, rows.stop)
     outer = [*_blocks(0, rows.start), *inner, *_blocks(rows.stop, len(items))] if symmetric else _blocks(0, len(items))
-    memory = candidates.values.new_empty(3, BLOCK * BLOCK)
+    memory = running.values.new_empty(3, BLOCK * BLOCK)
     for block in inner:
         query, square = scaled(queries, block), queries.length[block, None].square().float()
         own = slice(block.start - rows.start, block.stop - rows.start)
@@ -98,15 +113,11 @@ def _nearest(queries: Rows, items: Rows, rows: slice, k: int) -> Neighbours:
             if mirrored and columns.start < block.start:
                 continue  # its mirror image has been seen
             values = fast_tile(query, items, columns, memory).add_(square)
-            candidates.add(own, values, columns.start)
+            running.add(own, values, columns.start)
             if mirrored and columns.start > block.start:
                 theirs = slice(columns.start - rows.start, columns.stop - rows.start)
-                candidates.add(theirs, values.T.contiguous(), block.start)
-    parts = [(candidates.values.new_empty(0, k, dtype=torch.float64), candidates.indices.new_empty(0, k))]
-    parts += [_ordered(queries, items, block, rows.start, candidates, k) for block in inner]
-    distances, indices = (torch.cat(columns) for columns in zip(*parts))
-    index = torch.arange(rows.start, rows.stop, device=indices.device)
-    return Neighbours(distances, indices, exact_distances(queries, items, index, candidates.farthest))
+                running.add(theirs, values.T.contiguous(), block.start)
+    return Candidates(running.values, running.indices, running.farthest, error_bound(queries, items, rows))
 
 
 def _blocks(start: int, stop: int) -> list[slice]:
@@ -114,14 +125,9 @@ def _blocks(start: int, stop: int) -> list[slice]:
 
 
 def _ordered(
-    queries: Rows, items: Rows, block: slice, first_row: int, candidates: _Candidates, k: int
+    queries: Rows, items: Rows, k: int, rows: Tensor, fast: Tensor, indices: Tensor, bound: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Distances and indices (b, k) in exact order."""
-    own = slice(block.start - first_row, block.stop - first_row)
-    fast, indices = candidates.values[own], candidates.indices[own]
-    rows = torch.arange(block.start, block.stop, device=fast.device)
-    longest = torch.maximum(queries.length[block], items.length.max())
-    bound = error_bound(queries, items, block) + 6 * UNIT * longest.square()  # |q|^2 and the sum with it are rounded
+    """Distances and indices (b, k) of some rows (b,) in exact order, from their candidates (b, count)."""
     distances = fast.double()
     too_close = distances.diff(dim=1) <= 2 * bound[:, None]
     r, p = (F.pad(too_close, (1, 0)) | F.pad(too_close, (0, 1))).nonzero(as_tuple=True)
@@ -133,16 +139,16 @@ def _ordered(
         most = distances[:, -1] + bound
         unsure = (most >= fast[:, -1] - bound).nonzero().flatten()
         for part in unsure.split(AGAIN_ROWS) if len(unsure) else ():
-            limit = most[part] + bound[part] - queries.length[rows[part]].square()
-            distances[part], indices[part] = _again(queries, items, rows[part], limit.float(), k)
+            distances[part], indices[part] = _again(queries, items, rows[part], most[part], k)
     return distances, indices
 
 
-def _again(queries: Rows, items: Rows, rows: Tensor, limit: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Distances and indices (b, k) in fp64, among all items that the fast product puts within the limit (b,)."""
+def _again(queries: Rows, items: Rows, rows: Tensor, most: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Distances and indices (b, k) in fp64, among all items that may be no farther than `most` (b,)."""
+    limit = (most + error_bound(queries, items, rows) - queries.length[rows].square()).float()[:, None]
     found = []
     for columns, values in fast_distances(scaled(queries, rows), items, BLOCK):
-        r, c = (values <= limit[:, None]).nonzero(as_tuple=True)
+        r, c = (values <= limit).nonzero(as_tuple=True)
         found.append((r, c + columns.start))
     r, c = (torch.cat(parts) for parts in zip(*found))
     distances = exact_distances(queries, items, rows[r], c)

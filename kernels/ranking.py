@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from kernels import ranking_tiles
-from kernels._counting import Counter, Matches
+from kernels._counting import Counter, Matches, Measure
 from kernels._distances import (
-    Rows,
     close_bound,
     close_distances,
     error_bound,
@@ -25,6 +24,7 @@ from kernels._distances import (
     scaled,
 )
 from kernels._path import use_triton
+from kernels._rows import Rows
 
 QUERY_BLOCK = GALLERY_BLOCK = 1024
 
@@ -119,19 +119,27 @@ def _count_features(
         return torch.zeros_like(matches.indices), 0
     centre = matches.distances - queries.length[block, None].square()
     counter = Counter(matches, centre, error_bound(queries, items, block)[:, None], torch.float32)
-    bound, recomputed = close_bound(queries, items, block), 0
+    query, recomputed = scaled(queries, block), 0
+    for start, part in items.spans(ranking_tiles.SPAN):
+        measures = _measures(queries, part, block, close_bound(queries, items, block), start)
+        for columns, values in fast_distances(query, part, GALLERY_BLOCK):
+            first = start + columns.start
+            here = (g >= first) & (g < start + columns.stop)
+            values[q[here], g[here] - first] = torch.inf  # the query's own person is not counted here
+            recomputed += counter.add(values, measures, first)
+    return counter.tally(), recomputed
+
+
+def _measures(queries: Rows, part: Rows, block: Tensor, bound: Tensor, start: int) -> list[Measure]:
+    """Of a block of queries and of columns that lie in a part of the gallery."""
 
     def close(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        return close_distances(queries, items, block[rows], columns), bound[rows]
+        return close_distances(queries, part, block[rows], columns - start), bound[rows]
 
     def exact(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        return exact_distances(queries, items, block[rows], columns), torch.zeros_like(bound[rows])
+        return exact_distances(queries, part, block[rows], columns - start), torch.zeros_like(bound[rows])
 
-    for columns, values in fast_distances(scaled(queries, block), items, GALLERY_BLOCK):
-        here = (g >= columns.start) & (g < columns.stop)
-        values[q[here], g[here] - columns.start] = torch.inf  # the query's own person is not counted here
-        recomputed += counter.add(values, [close, exact], columns.start)
-    return counter.tally(), recomputed
+    return [close, exact]
 
 
 def _joined(parts: list[tuple[Tensor, Matches, int]], order: Tensor) -> RankCounts:

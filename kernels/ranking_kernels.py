@@ -98,17 +98,10 @@ def count(
     """A tile of queries and gallery. Of every match, farthest first: tally (T, Q) counts the columns surely before it,
     and the pairs that are left open are noted down: the match as t * Q + query, CAPACITY
     further on the column."""
-    row_tiles, column_tiles = tl.cdiv(Q, ROWS), tl.cdiv(G, COLUMNS)
-    program = tl.program_id(0)
-    group = program // (GROUP * column_tiles)  # neighbouring programs share what they load through the cache
-    height = tl.minimum(GROUP, row_tiles - group * GROUP)
-    program -= group * (GROUP * column_tiles)
-    row = (group * GROUP + program % height) * ROWS + tl.arange(0, ROWS)
-    column = program // height * COLUMNS + tl.arange(0, COLUMNS)
-    dot = _product(x_ptr, y_ptr, row, column, SPLIT_STRIDE, BASE, ROWS, COLUMNS, BLOCK_D)  # [ROWS, COLUMNS]
-    x_step, y_step = tl.load(x_step_ptr + row), tl.load(y_step_ptr + column)
-    square = tl.load(y_square_ptr + column, mask=column < G, other=float("inf"))
-    value = square[None, :] - 2 * (dot * x_step[:, None] * y_step[None, :])
+    row, column = _tile(Q, G, ROWS, COLUMNS, GROUP)
+    value = _values(
+        x_ptr, x_step_ptr, y_ptr, y_step_ptr, y_square_ptr, row, column, G, SPLIT_STRIDE, BASE, ROWS, COLUMNS, BLOCK_D
+    )
     x_person = tl.load(x_person_ptr + row, mask=row < Q, other=0)
     y_person = tl.load(y_person_ptr + column, mask=column < G, other=0)
     value = tl.where(x_person[:, None] == y_person[None, :], float("inf"), value)  # not counted here
@@ -129,6 +122,58 @@ def count(
             tl.store(pairs_ptr + CAPACITY + slot, tl.broadcast_to(column[None, :], (ROWS, COLUMNS)), mask=fits)
         t += 1
         upper = tl.load(upper_ptr + t * Q + row, mask=(row < Q) & (t < T), other=float("-inf"))
+
+
+@triton.jit
+def append(
+    x_ptr, x_step_ptr, y_ptr, y_step_ptr, y_square_ptr, limit_ptr, values_ptr, columns_ptr, filled_ptr, farthest_ptr,
+    Q, G, FIRST, VALUES_STRIDE, SPLIT_STRIDE, CAPACITY: tl.constexpr, BASE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries and gallery. What is below the limit of its row, the nearest first, is appended to the row's
+    places, values and columns, as far as CAPACITY goes; filled (Q,) counts on. farthest (Q,) is the largest value."""
+    row, column = _tile(Q, G, ROWS, COLUMNS, GROUP)
+    value = _values(
+        x_ptr, x_step_ptr, y_ptr, y_step_ptr, y_square_ptr, row, column, G, SPLIT_STRIDE, BASE, ROWS, COLUMNS, BLOCK_D
+    )
+    peak = tl.max(tl.where((column < G)[None, :], value, float("-inf")), 1)
+    tl.atomic_max(farthest_ptr + row, peak, mask=row < Q, sem="relaxed")
+    limit = tl.load(limit_ptr + row.to(tl.int64) * VALUES_STRIDE, mask=row < Q, other=float("-inf"))
+    nearest, place = tl.min(value, 1, return_indices=True)
+    while tl.max((nearest < limit).to(tl.int32), 0) > 0:
+        near = nearest < limit  # past the gallery values are infinite
+        slot = tl.atomic_add(filled_ptr + row, 1, mask=near, sem="relaxed")
+        fits = near & (slot < CAPACITY)
+        at = row.to(tl.int64) * VALUES_STRIDE + slot
+        tl.store(values_ptr + at, nearest, mask=fits)
+        tl.store(columns_ptr + at, FIRST + tl.min(column, 0) + place, mask=fits)
+        taken = near[:, None] & (tl.arange(0, COLUMNS)[None, :] == place[:, None])
+        value = tl.where(taken, float("inf"), value)
+        nearest, place = tl.min(value, 1, return_indices=True)
+
+
+@triton.jit
+def _tile(Q, G, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """The rows and columns of this program; neighbouring programs share what they load through the cache."""
+    row_tiles, column_tiles = tl.cdiv(Q, ROWS), tl.cdiv(G, COLUMNS)
+    program = tl.program_id(0)
+    group = program // (GROUP * column_tiles)
+    height = tl.minimum(GROUP, row_tiles - group * GROUP)
+    program -= group * (GROUP * column_tiles)
+    row = (group * GROUP + program % height) * ROWS + tl.arange(0, ROWS)
+    return row, program // height * COLUMNS + tl.arange(0, COLUMNS)
+
+
+@triton.jit
+def _values(
+    x_ptr, x_step_ptr, y_ptr, y_step_ptr, y_square_ptr, row, column, G, SPLIT_STRIDE, BASE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """|y|^2 - 2 x y, infinite past the gallery, [ROWS, COLUMNS] fp32."""
+    dot = _product(x_ptr, y_ptr, row, column, SPLIT_STRIDE, BASE, ROWS, COLUMNS, BLOCK_D)
+    x_step, y_step = tl.load(x_step_ptr + row), tl.load(y_step_ptr + column)
+    square = tl.load(y_square_ptr + column, mask=column < G, other=float("inf"))
+    return square[None, :] - 2 * (dot * x_step[:, None] * y_step[None, :])
 
 
 @triton.jit

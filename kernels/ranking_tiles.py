@@ -23,8 +23,9 @@ import triton
 from torch import Tensor
 
 from kernels import ranking_kernels
-from kernels._distances import UNIT, Rows, exact_distances
+from kernels._distances import UNIT, exact_distances
 from kernels._path import TRITON, capability
+from kernels._rows import Rows
 
 WIDEST = 2**15  # columns
 QUERIES, SPAN = 2**14, 2**14  # queries and gallery rows at once: 3 D bytes each
@@ -62,16 +63,16 @@ def count_span(
     persons (Q,) and (G,) int32, squares (G,) fp32, edges (T, Q) fp32 each; noted (1,): how many pairs are open;
     pairs (2, capacity) int32: their match and column.
     """
-    launch = _launch()
-    tiles = triton.cdiv(len(persons[0]), launch["ROWS"]) * triton.cdiv(len(persons[1]), launch["COLUMNS"])
+    setting = launch()
+    tiles = triton.cdiv(len(persons[0]), setting["ROWS"]) * triton.cdiv(len(persons[1]), setting["COLUMNS"])
     ranking_kernels.count[(tiles,)](
         query.parts, query.steps, persons[0], gallery.parts, gallery.steps, squares, persons[1], *edges, tally,
         noted, pairs, len(persons[0]), len(persons[1]), len(tally),
-        query.parts.stride(0), CAPACITY=pairs.shape[1], BASE=ranking_kernels.BASE, BLOCK_D=BLOCK_D, **launch,
+        query.parts.stride(0), CAPACITY=pairs.shape[1], BASE=ranking_kernels.BASE, BLOCK_D=BLOCK_D, **setting,
     )  # fmt: skip
 
 
-def _launch() -> dict[str, int]:
+def launch() -> dict[str, int]:
     """Three sums per pair fill Hopper's registers with a tile of 128 x 128, and those of others, or of compilers before
     Triton 3.8, with half of it."""
     return {
@@ -109,21 +110,20 @@ def tally_features(
     noted_pairs = torch.empty(2, CAPACITY, dtype=torch.int32, device=counts.device)
     recomputed = 0
     query = split_rows(queries, block)
-    for start in range(0, len(items), SPAN) if tally.numel() else ():
-        span = torch.arange(start, min(start + SPAN, len(items)), device=counts.device)
-        gallery, noted = split_rows(items, span), counts.new_zeros(1)
-        bound = error_bound(query, gallery, queries.length[block], items.length[span].max(), items.features.shape[1])
+    for start, part in items.spans(SPAN) if tally.numel() else ():
+        gallery, noted = split_rows(part, torch.arange(len(part), device=counts.device)), counts.new_zeros(1)
+        bound = error_bound(query, gallery, queries.length[block], part.length.max(), part.features.shape[1])
         edges = tuple((centre + side).where(exists, -torch.inf).float() for side in (-bound, bound))
-        squares = items.length[span].square().float()
-        count_span(query, gallery, (mine, theirs[span]), squares, edges, tally, noted, noted_pairs)
+        others, squares = theirs[start : start + len(part)], part.length.square().float()
+        count_span(query, gallery, (mine, others), squares, edges, tally, noted, noted_pairs)
         number = int(noted)
         if number > CAPACITY:
             return None
-        match, column = noted_pairs[0, :number].long(), start + noted_pairs[1, :number].long()
-        pairs, pair = (match % len(block) * len(items) + column).unique(return_inverse=True)  # once for all matches
-        distance = exact_distances(queries, items, block[pairs // len(items)], pairs % len(items))[pair]
+        match, column = noted_pairs[:, :number].long()
+        pairs, pair = (match % len(block) * len(part) + column).unique(return_inverse=True)  # once for all matches
+        distance = exact_distances(queries, part, block[pairs // len(part)], pairs % len(part))[pair]
         threshold = thresholds.flatten()[match]
-        before = (distance < threshold) | ((distance == threshold) & (column < first.flatten()[match]))
+        before = (distance < threshold) | ((distance == threshold) & (start + column < first.flatten()[match]))
         tally.view(-1).index_add_(0, match, before.int())
         recomputed += len(pairs)
     return tally.gather(0, place).T.long(), recomputed

@@ -33,7 +33,9 @@ def test_equals_sorting_fp64_distances(
     assert found.indices.tolist() == expected.indices.tolist()
     torch.testing.assert_close(found.distances, expected.distances, rtol=0, atol=0)
     largest = gallery.norm(dim=1).max().item() ** 2 + query.norm(dim=1).max().item() ** 2
-    torch.testing.assert_close(found.farthest, expected.farthest, rtol=0, atol=1e-6 * (2 if normalize else 2 * largest))
+    torch.testing.assert_close(
+        found.farthest.double(), expected.farthest, rtol=0, atol=1e-6 * (2 if normalize else 2 * largest)
+    )
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -60,7 +62,7 @@ def test_lists_of_some_rows_have_the_exact_order(
     largest = 4e-6 * features.norm(dim=1).max().item() ** 2
     assert found.indices.tolist() == expected.indices[rows].tolist()
     torch.testing.assert_close(found.distances, expected.distances[rows], rtol=0, atol=largest)
-    torch.testing.assert_close(found.farthest, expected.farthest[rows], rtol=0, atol=largest)
+    torch.testing.assert_close(found.farthest.double(), expected.farthest[rows], rtol=0, atol=largest)
 
 
 def test_more_near_duplicates_than_spare_candidates() -> None:

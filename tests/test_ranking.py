@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import RankCounts, _counting, _distances, rank_counts, rank_counts_of, ranking, reference
+from kernels import RankCounts, _counting, _distances, _rows, rank_counts, rank_counts_of, ranking, reference
 
 
 def made_up(num_query: int, num_gallery: int, width: int, kind: str, seed: int) -> tuple[Tensor, ...]:
@@ -54,7 +54,7 @@ def test_equals_sorting_fp64_distances(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranking, "QUERY_BLOCK", 3)
         patch.setattr(ranking, "GALLERY_BLOCK", 4)
-        patch.setattr(_distances, "EXACT_ROWS", 7)
+        patch.setattr(_rows, "EXACT_ROWS", 7)
         for name, value in {"ROWS": 2, "PAIRS": 5, "FEW": few, "BUCKETS": 16}.items():
             patch.setattr(_counting, name, value)
         counted = rank_counts(*features, *ids, normalize=normalize)
@@ -94,7 +94,7 @@ def test_the_error_bound_holds_and_is_not_vacuous(width: int, normalize: bool) -
         5 * torch.randn(40, width).abs(),
         3 * torch.randn(90, width).abs(),
     )  # no cancellation: the worst sums
-    queries, items = _distances.Rows("query", query, normalize), _distances.Rows("gallery", gallery, normalize)
+    queries, items = _rows.Rows("query", query, normalize), _rows.Rows("gallery", gallery, normalize)
     ((_, fast),) = _distances.fast_distances(_distances.scaled(queries, slice(0, 40)), items, 90)
     q, g = torch.cartesian_prod(torch.arange(40), torch.arange(90)).unbind(1)
     exact = _distances.exact_distances(queries, items, q, g).view(40, 90) - queries.length.square()[:, None]

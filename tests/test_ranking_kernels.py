@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import _distances, rank_counts, ranking, ranking_tiles, reference
+from kernels import _distances, _rows, rank_counts, ranking, ranking_tiles, reference
 from tests.test_ranking import assert_equal, made_up, made_up_ids
 
 pytestmark = pytest.mark.usefixtures("triton_path")
@@ -111,7 +111,7 @@ def test_the_error_bound_holds_and_is_not_vacuous(width: int, kind: str, normali
         query, gallery = query.abs(), gallery.abs()
     if kind == "one large":  # coarse steps
         query[:, 0], gallery[:, 0] = 500, 300
-    queries, items = _distances.Rows("query", query, normalize), _distances.Rows("gallery", gallery, normalize)
+    queries, items = _rows.Rows("query", query, normalize), _rows.Rows("gallery", gallery, normalize)
     mine, theirs = (ranking_tiles.split_rows(rows, torch.arange(len(rows))) for rows in (queries, items))
     fast = items.length.square().float() - 2 * kept_product(mine, theirs)[:10, :30]
     q, g = torch.cartesian_prod(torch.arange(10), torch.arange(30)).unbind(1)

@@ -75,6 +75,8 @@ def evaluate(model: nn.Module, split: Split, cameras: Sequence[int], cfg: Config
 
 def rank_all(name: str, features: Tensor, num_query: int, ids: Ids, cfg: Config, ranks: Ranks) -> dict[str, Ranking]:
     """The exact ranking by features (Q + G, D), under `name`, and those that TEST asks for beside it."""
+    if ranks.device.type == "cuda" and torch.cuda.mem_get_info(ranks.device)[0] > 4 * features.nbytes:
+        features = features.to(ranks.device)
     query, gallery = features[:num_query], features[num_query:]
     rankings = {name: rank_features(query, gallery, ids, ranks)}
     if cfg.TEST.QUERY_EXPANSION:
@@ -90,10 +92,8 @@ def rank_all(name: str, features: Tensor, num_query: int, ids: Ids, cfg: Config,
 
 
 def rank_features(query: Tensor, gallery: Tensor, ids: Ids, ranks: Ranks, *, metric: Metric = "euclidean") -> Ranking:
-    """The exact ranking by features (Q, D) and (G, D), on a GPU with room for them; each rank takes a share of Q."""
-    if ranks.device.type == "cuda" and torch.cuda.mem_get_info(ranks.device)[0] > 4 * (query.nbytes + gallery.nbytes):
-        query, gallery = query.to(ranks.device), gallery.to(ranks.device)
-    return _merged(rank(query, gallery, *ids, metric=metric, share=(ranks.rank, ranks.world_size)))
+    """The exact ranking by features (Q, D) and (G, D), on the device; each rank takes a share of the queries."""
+    return _merged(rank(query.to(ranks.device), gallery, *ids, metric=metric, share=(ranks.rank, ranks.world_size)))
 
 
 def _merged(part: Ranking) -> Ranking:

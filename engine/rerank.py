@@ -18,6 +18,8 @@ from kernels import neighbour_lists
 
 BLOCK_ROWS = 256
 PAIR_ELEMENTS = 2**18  # feature values compared at once
+DISTANCES = 2**24  # of a block of queries
+PAIRS = 2**24  # of entries that meet at once on a GPU
 Gather = Callable[[Tensor], Tensor]  # the rows that all processes hold, one's below the other's
 
 
@@ -66,12 +68,16 @@ def rerank_blocks(
     lists = rows.transposed(slice(num_query, num_images), num_images)
     squares = features.norm(dim=1).square()
     queries = part(num_query, share)
-    for start in range(queries.start, queries.stop, BLOCK_ROWS):
-        block = slice(start, min(start + BLOCK_ROWS, queries.stop))
-        distance = squares[block, None] + squares[num_query:] - 2 * features[block] @ features[num_query:].T
-        overlap = _overlap(rows.transposed(block, num_images), lists, len(distance), num_images - num_query)
-        jaccard = 1 - overlap / (2 - overlap)
-        yield (1 - weight) * jaccard + weight * distance.clamp_min_(0) / farthest[block, None]
+    size = max(1, DISTANCES // (num_images - num_query))
+    for start in range(queries.start, queries.stop, size):
+        block = slice(start, min(start + size, queries.stop))
+        distance = torch.addmm(squares[num_query:], features[block], features[num_query:].T, alpha=-2)
+        distance.add_(squares[block, None]).clamp_min_(0).mul_(weight / farthest[block, None])
+        overlap = distance.new_zeros(distance.numel())
+        meet = _meet_all_at_once if overlap.is_cuda else _meet_by_column
+        meet(rows.transposed(block, num_images), lists, num_images - num_query, overlap)
+        overlap = overlap.view_as(distance)
+        yield distance.add_(overlap.div_(2 - overlap).neg_().add_(1), alpha=1 - weight)  # 1 - o / (2 - o): Jaccard
 
 
 def _reciprocal_sets(
@@ -82,16 +88,17 @@ def _reciprocal_sets(
     half = neighbours[:, :num_half]
     mutual, mutual_half = _is_mutual(neighbours, mine), _is_mutual(half, slice(0, len(half)))
     num_images, own_neighbours, entries, squares = len(neighbours), neighbours[mine], [], []
+    size = min(BLOCK_ROWS, len(own_neighbours)), num_images + 1  # last column: nobody
+    all_members, all_known = neighbours.new_empty(size, dtype=torch.bool), distances.new_empty(size)
     for start in range(0, len(own_neighbours), BLOCK_ROWS):
         near, own = own_neighbours[start : start + BLOCK_ROWS], mutual[start : start + BLOCK_ROWS]  # (b, K)
-        members = torch.zeros(len(near), num_images + 1, dtype=torch.bool, device=near.device)  # last column: nobody
+        members, known = all_members[: len(near)].zero_(), all_known[: len(near)].fill_(torch.nan)
         members.scatter_(1, near.where(own, num_images), True)
         theirs, in_theirs = half[near], mutual_half[near]  # (b, K, half)
         shared = members.gather(1, theirs.flatten(1)).view_as(theirs) & in_theirs
         accepted = own & (3 * shared.sum(2) > 2 * in_theirs.sum(2))
         members.scatter_(1, theirs.where(in_theirs & accepted[..., None], num_images).flatten(1), True)
         entry = members[:, :num_images].nonzero()
-        known = distances.new_full((len(near), num_images), torch.nan)
         known.scatter_(1, near, distances[start : start + BLOCK_ROWS])
         squares.append(known[entry[:, 0], entry[:, 1]])
         entries.append(entry + torch.tensor([start, 0], device=near.device))
@@ -156,9 +163,9 @@ class _Sparse(NamedTuple):
         return _Sparse.of(column, row[order], self.value[mine][order], num_columns)
 
 
-def _overlap(queries: _Sparse, gallery: _Sparse, num_query: int, num_gallery: int) -> Tensor:
-    """sum_x min(V[q, x], V[g, x]) (b, G) of two transposed matrices: in each column x, all queries meet all gallery."""
-    overlap = queries.value.new_zeros(num_query * num_gallery)
+def _meet_by_column(queries: _Sparse, gallery: _Sparse, num_gallery: int, overlap: Tensor) -> None:
+    """Add sum_x min(V[q, x], V[g, x]) to overlap (b * G,), of two transposed matrices: in each column x, all queries
+    meet all gallery."""
     columns = zip(
         (queries.column.long() * num_gallery)[:, None].split(queries.length.tolist()),
         queries.value[:, None].split(queries.length.tolist()),
@@ -168,7 +175,21 @@ def _overlap(queries: _Sparse, gallery: _Sparse, num_query: int, num_gallery: in
     for q, weight, g, other in columns:
         if len(q) and len(g):
             overlap.scatter_add_(0, (q + g).view(-1), torch.minimum(weight, other).view(-1))
-    return overlap.view(num_query, num_gallery)
+
+
+def _meet_all_at_once(queries: _Sparse, gallery: _Sparse, num_gallery: int, overlap: Tensor) -> None:
+    """The same without a loop over columns."""
+    pairs = queries.length * gallery.length
+    ends = pairs.cumsum(0)
+    total = int(ends[-1])
+    for first in range(0, total, PAIRS):
+        pair = torch.arange(first, min(first + PAIRS, total), device=overlap.device)
+        column = torch.searchsorted(ends, pair, right=True)
+        pair -= (ends - pairs)[column]
+        q = queries.start[column] + pair // gallery.length[column]
+        g = gallery.start[column] + pair % gallery.length[column]
+        place = queries.column[q].long() * num_gallery + gallery.column[g]
+        overlap.scatter_add_(0, place, torch.minimum(queries.value[q], gallery.value[g]))
 
 
 def _spread(start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:

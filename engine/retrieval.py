@@ -117,7 +117,10 @@ def rank(
     max_rank: int = 50,
     share: tuple[int, int] = (0, 1),
 ) -> Ranking:
-    """Rank features (G, D) for features (Q, D); share (i, n): only the i-th of n shares of the queries, see `merge`."""
+    """Rank features (G, D) for features (Q, D); share (i, n): only the i-th of n shares of the queries, see `merge`.
+
+    The work is done where the queries are; a gallery in host memory, or on disk behind a memory map, is brought there.
+    """
     ids = _ids(len(query), len(gallery), query_persons, gallery_persons, query_cameras, gallery_cameras,
                device=query.device)  # fmt: skip
     check_matches(*ids)
@@ -148,7 +151,7 @@ def rank_blocks(
     for block in blocks:
         rows = slice(start, start + len(block))
         counts = rank_counts_of(block, *(t.to(block.device) for t in (ids[0][rows], ids[1], ids[2][rows], ids[3])))
-        parts.append(Ranking(counts.ranks, counts.offsets, max_rank))
+        parts.append(Ranking(counts.ranks.to(ids[0].device), counts.offsets.to(ids[0].device), max_rank))
         start = rows.stop
     if start != mine.stop:
         raise ValueError(f"rank_blocks: the blocks have {start - mine.start} rows for {mine.stop - mine.start} queries")

@@ -67,17 +67,25 @@ def dense(query: Tensor, gallery: Tensor, k1: int, k2: int, weight: float) -> np
     k1=st.integers(1, 24),
     k2=st.integers(1, 8),
     weight=st.sampled_from([0.0, 0.3, 1.0]),
+    at_once=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_equals_the_dense_loop(num_query: int, num_gallery: int, k1: int, k2: int, weight: float, seed: int) -> None:
+def test_equals_the_dense_loop(
+    num_query: int, num_gallery: int, k1: int, k2: int, weight: float, at_once: bool, seed: int
+) -> None:
     query, gallery = made_up(num_query, num_gallery, 4, "spread", seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rerank, "BLOCK_ROWS", 4)
+        patch.setattr(rerank, "DISTANCES", 4 * num_gallery)
+        if at_once:  # as on a GPU
+            patch.setattr(rerank, "PAIRS", 100)
+            patch.setattr(rerank, "_meet_by_column", rerank._meet_all_at_once)
         result = k_reciprocal(query.double(), gallery.double(), k1, k2, weight, metric="euclidean")
     np.testing.assert_allclose(result.numpy(), dense(query, gallery, k1, k2, weight), rtol=0, atol=1e-6)
 
 
-def test_blocks_are_the_rows_of_the_whole() -> None:
+def test_blocks_are_the_rows_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rerank, "DISTANCES", 256 * 60)
     query, gallery = made_up(300, 60, 5, "spread", 0)
     blocks = list(rerank_blocks(torch.cat([query, gallery]), len(query)))
     assert [len(block) for block in blocks] == [256, 44]

@@ -3,28 +3,34 @@
 Q queries, G gallery, D width. What is not installed of faiss and torchmetrics is left out.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bench.builds import Launch
+from bench.evaluators import (
+    BLOCK,
+    MAX_RANK,
+    by_place_in_python,
+    product_alone,
+    published,
+    reranked_as_published,
+    sorted_blocks,
+)
 from bench.timing import Case, Settings, Work
-from engine.rerank import k_reciprocal
+from engine.rerank import k_reciprocal, rerank_blocks
 from engine.retrieval import rank
 from kernels import _distances, _rows, nearest_neighbours, neighbour_tiles, ranking_tiles
 
 SOURCES = ("engine/retrieval.py", "engine/rerank.py", "kernels/ranking*.py", "kernels/neighbour*.py",
-           "kernels/_counting.py", "kernels/_distances.py", "kernels/_rows.py")  # fmt: skip
-MAX_RANK = 50
-QUERY_BLOCK = 1024
+           "kernels/_counting.py", "kernels/_distances.py", "kernels/_rows.py", "bench/evaluators.py")  # fmt: skip
 NEAREST = 10
 K1, K2, WEIGHT = 50, 15, 0.3  # of the published evaluator
 ROUNDING = 5e-3  # ours is exact; in float32 some neighbours change places, and a point of the CMC moves by 1 / Q
@@ -40,9 +46,10 @@ Measures = Callable[..., Tensor]
 
 def cases(settings: Settings) -> list[Case]:
     found = []
-    for sizes in SIZES[settings.size]:
+    for sizes in SIZES[settings.size][: None if settings.device.type == "cuda" else 1]:  # MSMT17 is for a GPU
         shape = "Q {}, G {}, D {}, float32".format(*sizes)
         found.append(Case("mAP, mINP and CMC", shape, partial(evaluation, settings, *sizes)))
+        found.append(Case("ranks beside the product alone", shape, partial(beside_product, settings, *sizes)))
         found.append(Case(f"{NEAREST} nearest", shape, partial(neighbours, settings, *sizes)))
     if find_spec("torchmetrics"):
         sizes = SIZES["quick" if settings.size == "quick" else "default"][0]
@@ -51,6 +58,10 @@ def cases(settings: Settings) -> list[Case]:
     sizes = RERANKED[settings.size]
     shape = "Q {}, G {}, D {}, float32".format(*sizes)
     found.append(Case(f"re-ranking, k {K1} and {K2}", shape, partial(reranking, settings, *sizes)))
+    if settings.size == "full":
+        sizes = SIZES["full"][0]
+        shape = "Q {}, G {}, D {}, float32".format(*sizes)
+        found.append(Case("re-ranking beside the product alone", shape, partial(reranking_beside, settings, *sizes)))
     return found
 
 
@@ -105,11 +116,38 @@ def evaluation(settings: Settings, *sizes: int) -> Iterator[Work]:
         "ours": ours,
         "argsort in torch, blocks": sorted_blocks,
         "argsort in numpy, as published": published,
+        "and precision in Python, as torchreid": partial(published, precision=by_place_in_python),
     }
     providers = {name: partial(function, *features, *ids) for name, function in measures.items()}
     moved = sum(x.nbytes for x in features)
     operations = 2 * sizes[0] * sizes[1] * sizes[2]
     yield Work(providers, ROUNDING, moved, operations, lambda result: (result[:2], result[2:]))
+
+
+@contextmanager
+def beside_product(settings: Settings, *sizes: int) -> Iterator[Work]:
+    """Two providers that do not do the same: how much of the whole is its product. Without structure, worst, too."""
+    features, ids = made_up(settings, *sizes)
+    noise = [F.normalize(torch.randn_like(x)) for x in features]
+    providers: dict[str, Callable[[], object]] = {
+        "ours": lambda: ours(*features, *ids),
+        "ours, features of pure noise": lambda: ours(*noise, *ids),
+        "fp32 product alone": lambda: product_alone(*features),
+    }
+    yield Work(providers, 0, sum(x.nbytes for x in features), 2 * sizes[0] * sizes[1] * sizes[2], lambda _: [])
+
+
+@contextmanager
+def reranking_beside(settings: Settings, *sizes: int) -> Iterator[Work]:
+    """The product of all pairs of images, each pair once."""
+    (query, gallery), _ = made_up(settings, *sizes)
+    images = torch.cat([query, gallery])
+    half = images[: len(images) // 2]  # as many pairs
+    providers: dict[str, Callable[[], object]] = {
+        "ours": lambda: deque(rerank_blocks(images, len(query), K1, K2, WEIGHT, metric="euclidean"), 0),
+        "fp32 product alone": lambda: product_alone(half, images),
+    }
+    yield Work(providers, 0, images.nbytes, len(images) ** 2 * sizes[2], lambda _: [])
 
 
 @contextmanager
@@ -137,7 +175,7 @@ def neighbours(settings: Settings, *sizes: int) -> Iterator[Work]:
     def topk() -> Tensor:
         squares = gallery.square().sum(1)
         blocks = [torch.addmm(squares, x, gallery.T, alpha=-2).topk(NEAREST, largest=False)
-                  for x in query.split(QUERY_BLOCK)]  # fmt: skip
+                  for x in query.split(BLOCK)]  # fmt: skip
         return torch.cat([values for values, _ in blocks]) + query.square().sum(1, keepdim=True)
 
     def faiss() -> Tensor:
@@ -159,7 +197,7 @@ def reranking(settings: Settings, *sizes: int) -> Iterator[Work]:
     (query, gallery), _ = made_up(settings, *sizes)
     providers = {
         "ours": lambda: k_reciprocal(query, gallery, K1, K2, WEIGHT, metric="euclidean").cpu(),
-        "numpy, as published": lambda: reranked_as_published(query.cpu(), gallery.cpu()),
+        "numpy, as published": lambda: reranked_as_published(query.cpu(), gallery.cpu(), K1, K2, WEIGHT),
     }
     yield Work(providers, HALF_PRECISION, compared=lambda result: [result])
 
@@ -168,83 +206,3 @@ def ours(*arguments: Tensor) -> Tensor:
     """mAP, mINP, CMC at 1 to MAX_RANK."""
     ranking = rank(*arguments, metric="euclidean", max_rank=MAX_RANK)
     return torch.tensor([ranking.mAP, ranking.mINP, *ranking.cmc.tolist()])
-
-
-@torch.no_grad()
-def sorted_blocks(
-    query: Tensor, gallery: Tensor, query_persons: Tensor, gallery_persons: Tensor, query_cameras: Tensor,
-    gallery_cameras: Tensor,
-) -> Tensor:  # fmt: skip
-    """The plain rewrite without a loop over queries, on any device; memory grows with a block of the matrix."""
-    squares, parts = gallery.square().sum(1), []
-    for x, person, camera in zip(*(t.split(QUERY_BLOCK) for t in (query, query_persons, query_cameras))):
-        order = torch.addmm(squares, x, gallery.T, alpha=-2).argsort(1)
-        same = gallery_persons[order] == person[:, None]
-        junk = same & (gallery_cameras[order] == camera[:, None])
-        match = same & ~junk
-        place = torch.arange(1, len(gallery) + 1, device=x.device) - junk.cumsum(1)  # rank of every gallery image
-        hits, counts = match.cumsum(1), match.sum(1)
-        precision = (hits / place.clamp_min(1) * match).sum(1) / counts
-        inverse = counts / (place * match).amax(1)
-        best = place.where(match, len(gallery)).amin(1)
-        parts.append(torch.stack([precision, inverse, best], 1)[counts > 0].double())
-    precision, inverse, best = torch.cat(parts).unbind(1)
-    found = torch.bincount(best.long().clamp_max(MAX_RANK + 1), minlength=MAX_RANK + 2)[1 : MAX_RANK + 1]
-    return torch.cat([precision.mean()[None], inverse.mean()[None], found.cumsum(0) / len(best)]).cpu()
-
-
-def published(query: Tensor, gallery: Tensor, *given: Tensor) -> Tensor:
-    """As everybody does: the matrix goes to the host, numpy sorts every row, a loop walks over the queries."""
-    squares = query.square().sum(1, keepdim=True) + gallery.square().sum(1)
-    distances = squares.addmm(query, gallery.T, beta=1, alpha=-2).cpu().numpy()
-    query_persons, gallery_persons, query_cameras, gallery_cameras = (ids.cpu().numpy() for ids in given)
-    order = np.argsort(distances, axis=1)
-    matches = (gallery_persons[order] == query_persons[:, None]).astype(np.int32)
-    precisions: list[Any] = []
-    inverses: list[Any] = []
-    curves = []
-    for i in range(len(distances)):
-        junk = (gallery_persons[order[i]] == query_persons[i]) & (gallery_cameras[order[i]] == query_cameras[i])
-        hit = matches[i][~junk]
-        if not hit.any():
-            continue
-        hits = hit.cumsum()
-        curves.append(np.minimum(hits, 1)[:MAX_RANK])
-        last = np.flatnonzero(hit)[-1]
-        inverses.append(hits[last] / (last + 1))
-        precisions.append((hits / np.arange(1, len(hit) + 1) * hit).sum() / hits[-1])
-    return torch.from_numpy(np.concatenate([[np.mean(precisions)], [np.mean(inverses)], np.mean(curves, 0)]))
-
-
-def reranked_as_published(query: Tensor, gallery: Tensor) -> Tensor:
-    """As everybody does: N x N arrays in numpy, half precision weights, loops over all images and all queries."""
-    features, num_query = torch.cat([query, gallery]), len(query)
-    squares = features.square().sum(1, keepdim=True)
-    distances = (squares + squares.T).addmm(features, features.T, beta=1, alpha=-2).numpy()
-    distances = np.transpose(distances / distances.max(0))
-    order = np.argsort(distances).astype(np.int32)
-    weights = np.zeros_like(distances, dtype=np.float16)
-    for i in range(len(features)):
-        own = _reciprocal(order, i, K1)
-        members = own
-        for j in own:
-            theirs = _reciprocal(order, j, round(K1 / 2))
-            if len(np.intersect1d(theirs, own)) > 2 / 3 * len(theirs):
-                members = np.append(members, theirs)
-        members = np.unique(members)
-        weight = np.exp(-distances[i, members])
-        weights[i, members] = weight / weight.sum()
-    weights = np.stack([weights[near].mean(0) for near in order[:, :K2]])
-    lists = [np.flatnonzero(column) for column in weights.T]
-    jaccard = np.zeros_like(distances[:num_query], dtype=np.float16)
-    for i in range(num_query):
-        overlap = np.zeros(len(features), np.float16)
-        for x in np.flatnonzero(weights[i]):
-            overlap[lists[x]] += np.minimum(weights[i, x], weights[lists[x], x])
-        jaccard[i] = 1 - overlap / (2 - overlap)
-    return torch.from_numpy((jaccard * (1 - WEIGHT) + distances[:num_query] * WEIGHT)[:, num_query:])
-
-
-def _reciprocal(order: np.ndarray, i: int, k: int) -> np.ndarray:
-    near = order[i, : k + 1]
-    return near[np.flatnonzero((order[near, : k + 1] == i).any(1))]

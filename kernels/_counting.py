@@ -33,15 +33,13 @@ class Counter:
     """
 
     def __init__(self, matches: Matches, centre: Tensor, bound: Tensor | float, dtype: torch.dtype) -> None:
-        """A value below centre - bound (b, T) comes before the match, one above centre + bound after it."""
+        """A value below centre - bound (b, T) comes before the match, one above centre + bound after it; ascending."""
         self.matches, padding = matches, matches.distances.isinf()
-        self.lower, self.upper = (
-            (centre + side).masked_fill(padding, -torch.inf).to(dtype) for side in (-bound, bound)
-        )  # padding: all values come after it
-        self.looked_at = torch.zeros_like(matches.indices)  # (b, T): how many of them come before each match
-        self.last = self.upper.amax(1, keepdim=True)
-        self.first = self.lower.masked_fill(padding, torch.inf).amin(1, keepdim=True)
-        self.first = self.first.masked_fill(self.first.isinf(), 0).to(torch.promote_types(dtype, torch.float32))
+        self.lower, self.upper = ((centre + side).masked_fill(padding, torch.inf).to(dtype) for side in (-bound, bound))
+        self.looked_at = torch.zeros_like(matches.indices)  # (b, T): of those measured, how many come before a match
+        self.ahead_of = matches.indices.new_zeros(len(padding), padding.shape[1] + 1)  # and of the others, by the first
+        self.last = self.upper.masked_fill(padding, -torch.inf).amax(1, keepdim=True)
+        self.first = self.lower[:, :1].masked_fill(padding[:, :1], 0).to(torch.promote_types(dtype, torch.float32))
         span = (self.last - self.first).clamp(1e-30, torch.finfo(self.first.dtype).max)
         self.per_unit = (BUCKETS - 3) / span
         self.place, real = self._bucket(self.lower), (~padding).int()
@@ -74,11 +72,15 @@ class Counter:
         self, values: Tensor, rows: Tensor, columns: Tensor, measures: Sequence[Measure], first_column: int
     ) -> int:
         """Decide the pairs (P,) by their values, then by one measure after the other; the last one is exact."""
-        value, lower = values[rows, columns, None], self.lower[rows]
-        before = value < lower
-        self.looked_at.index_add_(0, rows, before.long())
-        is_open = ~before & (value <= self.upper[rows])  # (P, T)
-        rows, columns, is_open = _some(rows, columns + first_column, is_open)
+        value, width = values[rows, columns, None], self.lower.shape[1]
+        after = torch.searchsorted(self.upper[rows], value)  # (P, 1): so many matches it comes after, surely
+        before = torch.searchsorted(self.lower[rows], value, right=True)  # surely before this one and all behind it
+        at = rows * (width + 1) + before[:, 0]
+        self.ahead_of.view(-1).index_add_(0, at, torch.ones_like(at))
+        some = (after < before).nonzero()[:, 0]
+        match = torch.arange(width, device=rows.device)
+        is_open = (match >= after[some]) & (match < before[some])  # (P, T)
+        rows, columns = rows[some], columns[some] + first_column
         asked = len(rows)
         for measure in measures if asked else ():
             distance, bound = (t[:, None] for t in measure(rows, columns))
@@ -88,17 +90,13 @@ class Counter:
                 before |= (distance == threshold) & (columns[:, None] < self.matches.indices[rows])
             self.looked_at.index_add_(0, rows, (before & is_open).long())
             is_open = is_open & (threshold - bound <= distance) & (distance <= threshold + bound)
-            rows, columns, is_open = _some(rows, columns, is_open)
+            some = is_open.any(1)
+            rows, columns, is_open = rows[some], columns[some], is_open[some]
             if not len(rows):
                 break
         return asked
 
     def tally(self) -> Tensor:
         """How many of all values come before each match (b, T)."""
-        return self.looked_at + self.held.masked_fill(self.reached, 0).cumsum(1).gather(1, self.place)
-
-
-def _some(rows: Tensor, columns: Tensor, is_open: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The pairs that are open for any match."""
-    some = is_open.any(1)
-    return rows[some], columns[some], is_open[some]
+        held = self.held.masked_fill(self.reached, 0).cumsum(1).gather(1, self.place)
+        return self.looked_at + self.ahead_of.cumsum(1)[:, :-1] + held

@@ -22,7 +22,7 @@ INSTANCES = 16  # images per person
 HEADS = (2048, 768, 768, 768, 768, 768)
 SIZES: dict[str, list[tuple[int, tuple[int, ...]]]] = {  # images, width of every head
     "quick": [(32, (8, 4))],
-    "default": [(128, HEADS), (1024, (2048,))],
+    "default": [(128, HEADS), (4096, (768,))],
     "full": [(128, HEADS), (4096, (2048,)), (32768, (2048,))],
 }
 Loss = Callable[[Sequence[Tensor], Tensor], Tensor]
@@ -46,7 +46,7 @@ def launches() -> Iterator[Launch]:
         x = [torch.zeros(images, width, dtype=dtype) for width, dtype in zip(widths, types)]
         persons = torch.arange(images) // INSTANCES
         name = f"triplet, N {images}, {'mixed' if types is mixed else str(types[0]).removeprefix('torch.')}"
-        moved, operations = sum(t.nbytes for t in x), 2 * images**2 * sum(widths)
+        moved, operations = sum(t.nbytes for t in x), images * (images + 1) * sum(widths)
         yield Launch(f"{name}, forward", partial(_triplet_forward, x, persons), moved, operations)
         yield Launch(f"{name}, backward", partial(_triplet_backward, x), 2 * moved, 12 * images * sum(widths))
     for classes, types in ((751, (fp32,) * 6), (1041, (bf16,) * 6), (100_000, (bf16,))):
@@ -63,7 +63,7 @@ def _triplet_forward(x: list[Tensor], persons: Tensor) -> object:
 
 def _triplet_backward(x: list[Tensor]) -> object:
     pulls = torch.zeros(2, len(x), len(x[0]))
-    return torch.ops.fusionreid.batch_hard_triplet_backward(pulls[0], x, pulls.long(), pulls)
+    return torch.ops.fusionreid.batch_hard_triplet_backward(pulls[0, :, 0], x, pulls[0, :, 0], pulls.long(), pulls)
 
 
 def _entropy_forward(z: list[Tensor], persons: Tensor) -> object:
@@ -93,7 +93,7 @@ def triplet(settings: Settings, images: int, widths: tuple[int, ...]) -> Iterato
         values = loss(features, persons)
         return values, *torch.autograd.grad(values.sum(), features)
 
-    operations = sum(2 * images**2 * width + 12 * images * width for width in widths)  # all products, 2 N gradients
+    operations = images * (images + 1 + 12) * sum(widths)  # products of the upper triangle, 2 N gradients
     moved = 3 * sum(x.nbytes for x in features)  # read for mining and for the gradient, which is written
     providers = {name: partial(call, loss) for name, loss in losses.items()}
     yield Work(providers, 10 * TOLERANCE[torch.float32], moved, operations)

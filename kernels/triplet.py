@@ -15,14 +15,13 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from kernels import triplet_kernels
-from kernels._path import use_triton
+from kernels import triplet_backward, triplet_forward
+from kernels._path import capability, use_triton
 
 BLOCK_ELEMENTS = 2**20  # of the distance matrix at once, in the plain path
-PAIR_ROWS = 512  # pairs measured at once, in the plain path
+PAIR_ROWS = 256  # anchors whose pairs are measured at once, in the plain path
 MIN_SQUARE = 1e-12
-SMALL = 512  # images of a batch that is mined in small tiles
-PROGRAMS = 512  # four on each multiprocessor of a large GPU
+SMALL = 1024  # images of a batch that is mined in small tiles, which spread it over all multiprocessors
 
 
 class BatchHard(NamedTuple):
@@ -64,9 +63,9 @@ def batch_hard_triplet(
         features = [_normalized(x) for x in features]
     if product_dtype is None and all(use_triton(x) for x in features):
         rows = [x if x.stride(1) == 1 else x.contiguous() for x in features]
-        terms, distances, indices, _, valid = _forward(rows, persons, margin)
-        (to_positive, to_negative), (positive, negative) = distances.detach().unbind(), indices.unbind()
-        return BatchHard(terms.sum(1), to_positive, to_negative, positive, negative, valid)
+        losses, _, distances, indices, _, valid = _forward(rows, persons, margin)
+        (to_positive, to_negative), (positive, negative) = distances.unbind(), indices.unbind()
+        return BatchHard(losses, to_positive, to_negative, positive, negative, valid)
     valid = _valid_anchors(persons)
     with torch.autocast(persons.device.type, enabled=False):
         heads = [_one_head(x, persons, valid, margin, product_dtype) for x in features]
@@ -82,83 +81,84 @@ def _normalized(x: Tensor) -> Tensor:
 @torch.library.custom_op("fusionreid::batch_hard_triplet_forward", mutates_args=())
 def _forward(
     features: Sequence[Tensor], persons: Tensor, margin: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """terms (heads, N), whose sum is a head's loss; distances, indices, pulls (2, heads, N); valid (N,)."""
-    terms, distances, indices, pulls, valid = outputs = _forward_outputs(features, persons, margin)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """losses and shares (heads,), a share being 1 / valid anchors; distances, indices, pulls (2, heads, N); valid."""
+    losses, shares, distances, indices, pulls, valid = outputs = _forward_outputs(features, persons, margin)
     heads, count, persons = len(features), len(persons), persons.contiguous()
-    widths, strides = tuple(x.shape[1] for x in features), tuple(x.stride(0) for x in features)
-    parts, columns, settings = _mining_launch(count, heads, max(x.itemsize for x in features))
-    extremes = terms.new_empty(2, heads, count, parts)
-    chosen = extremes.new_empty(extremes.shape, dtype=torch.int32)
-    same = chosen.new_empty(count, parts)
     if count > SMALL:  # large tiles have no registers to spare for 64 bits of a person
         persons = torch.searchsorted(persons.sort().values, persons, out_int32=True)
-    triplet_kernels.mine[triton.cdiv(count, settings["ROWS"]), parts, heads](
-        tuple(features), widths, strides, persons, extremes, chosen, same, count, columns, S=parts, **settings
-    )
-    triplet_kernels.measure[count, heads](
-        tuple(features), widths, strides, extremes, chosen, same, terms, distances, indices, pulls, valid, count,
-        0.0 if margin is None else margin, SOFT=margin is None, S=parts, BLOCK_S=triton.next_power_of_2(parts),
-        BLOCK_N=min(triton.next_power_of_2(count), 2048 // triton.next_power_of_2(parts)), BLOCK_D=1024, num_warps=4,
+    settings = _tiles(count, max(x.itemsize for x in features))
+    blocks = triton.cdiv(count, settings["ROWS"])
+    state = persons.new_zeros(heads, 2 * count + blocks + 1, dtype=torch.int64)
+    triplet_forward.forward[blocks * (blocks + 1) // 2, heads](
+        tuple(features), *_layout(features), persons, state, losses.new_empty(heads, count), losses, shares, distances,
+        indices, pulls, valid, count, 0.0 if margin is None else margin, SOFT=margin is None, **settings,
     )  # fmt: skip
     return outputs
 
 
-def _mining_launch(count: int, heads: int, itemsize: int) -> tuple[int, int, dict[str, int]]:
-    """Into how many parts the columns are split, columns per part, and the settings.
+def _tiles(count: int, itemsize: int) -> dict[str, int]:
+    """A small batch spreads over all multiprocessors, the warps of a program share the width; a large one reuses loads.
 
-    A small batch spreads over all multiprocessors, one tile each; a large one reuses what it loads in large tiles.
+    The largest tiles that spill nothing, as compiled by Triton 3.6 to 3.9; not timed.
     """
     if count <= SMALL:
-        settings = {"ROWS": 32, "COLUMNS": 32, "BLOCK_D": 32, "num_warps": 8, "num_stages": 4}
-        return triton.cdiv(count, 32), 32, settings
-    settings = {"ROWS": 128, "COLUMNS": 64, "BLOCK_D": 64 // itemsize, "num_warps": 8, "num_stages": 4}
-    rows, blocks = triton.cdiv(count, 128), triton.cdiv(count, 64)
-    columns = triton.cdiv(blocks, min(blocks, triton.cdiv(PROGRAMS, rows * heads))) * 64
-    return triton.cdiv(count, columns), columns, settings
+        return {"ROWS": 16, "SPLIT": 8, "BLOCK_D": 32, "num_warps": 8}
+    rows, warps = (128, 8) if capability() == 90 else (64, 4)
+    return {"ROWS": rows, "SPLIT": 1, "BLOCK_D": 64 // itemsize, "num_warps": warps, "num_stages": 4}
+
+
+def _layout(features: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(x.shape[1] for x in features), tuple(x.stride(0) for x in features)
 
 
 @_forward.register_fake
 def _forward_outputs(
     features: Sequence[Tensor], persons: Tensor, margin: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    terms = persons.new_empty(len(features), len(persons), dtype=torch.float32)
-    pairs = terms.new_empty(2, *terms.shape)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    losses = persons.new_empty(len(features), dtype=torch.float32)
+    pairs = losses.new_empty(2, len(features), len(persons))
     indices, valid = (
         persons.new_empty(pairs.shape, dtype=torch.int64),
         persons.new_empty(len(persons), dtype=torch.bool),
     )
-    return terms, pairs, indices, torch.empty_like(pairs), valid
+    return losses, torch.empty_like(losses), pairs, indices, torch.empty_like(pairs), valid
 
 
 @torch.library.custom_op("fusionreid::batch_hard_triplet_backward", mutates_args=())
-def _backward(upstream: Tensor, features: Sequence[Tensor], indices: Tensor, pulls: Tensor) -> list[Tensor]:
-    """The gradient of every head, given that of its terms (heads, N)."""
+def _backward(
+    upstream: Tensor, features: Sequence[Tensor], shares: Tensor, indices: Tensor, pulls: Tensor
+) -> list[Tensor]:
+    """The gradient of every head, given that of its loss (heads,)."""
     gradients = [x.new_empty(x.shape) for x in features]
-    widths, strides = tuple(x.shape[1] for x in features), tuple(x.stride(0) for x in features)
-    count, block = upstream.shape[1], 128
-    triplet_kernels.differentiate[count, sum(triton.cdiv(width, block) for width in widths)](
-        tuple(features), tuple(gradients), widths, strides, indices, pulls, upstream, *upstream.stride(), count,
-        BLOCK_N=min(1024, max(16, triton.next_power_of_2(count))), CHUNK=8, BLOCK_D=block, num_warps=1,
+    _, heads, count = indices.shape
+    order = starts = indices  # not read
+    if count > SMALL:
+        chosen, order = indices.transpose(0, 1).reshape(heads, 2 * count).sort(stable=True)
+        starts = torch.searchsorted(chosen, torch.arange(count + 1, device=chosen.device).repeat(heads, 1))
+    triplet_backward.differentiate[count, sum(triton.cdiv(x.shape[1], 256) for x in features)](
+        tuple(features), tuple(gradients), *_layout(features), indices, pulls, upstream, upstream.stride(0), shares,
+        order, starts, count, SORTED=count > SMALL, BLOCK_E=256, CHUNK=4, BLOCK_D=256, num_warps=1,
     )  # fmt: skip
     return gradients
 
 
 @_backward.register_fake
-def _(upstream: Tensor, features: Sequence[Tensor], indices: Tensor, pulls: Tensor) -> list[Tensor]:
+def _(upstream: Tensor, features: Sequence[Tensor], shares: Tensor, indices: Tensor, pulls: Tensor) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in features]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, distances, indices, pulls, valid = output
+    _, *others = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(distances, indices, pulls, valid)
-    ctx.save_for_backward(indices, pulls, *inputs[0])
+    ctx.mark_non_differentiable(*others)
+    shares, _, indices, pulls, _ = others
+    ctx.save_for_backward(shares, indices, pulls, *inputs[0])
 
 
 def _differentiate(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[list[Tensor] | None, None, None]:
-    indices, pulls, *features = ctx.saved_tensors
-    return None if upstream is None else _backward(upstream, features, indices, pulls), None, None
+    shares, indices, pulls, *features = ctx.saved_tensors
+    return None if upstream is None else _backward(upstream, features, shares, indices, pulls), None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -176,7 +176,7 @@ def _one_head(
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     positive, negative = _mine(x.detach(), persons, product_dtype)
     if product_dtype is None:
-        to_positive, to_negative = _Distance.apply(x, positive), _Distance.apply(x, negative)
+        to_positive, to_negative = _Distances.apply(x, torch.stack((positive, negative)))
     else:
         to_positive, to_negative = (_noisy_distance(x, chosen, product_dtype) for chosen in (positive, negative))
     gap = to_positive - to_negative
@@ -186,13 +186,15 @@ def _one_head(
 
 
 def _mine(x: Tensor, persons: Tensor, product_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    squares, low = x.square().sum(1), x.to(product_dtype or x.dtype)
-    rows = max(1, BLOCK_ELEMENTS // len(x))
+    rows, low = max(1, BLOCK_ELEMENTS // len(x)), x.to(product_dtype or x.dtype)
+    squares = torch.cat([block.square().sum(1) for block in x.split(rows)])
     hardest = []
     for block, square, person in zip(low.split(rows), squares.split(rows), persons.split(rows)):
-        distance = (square[:, None] + squares - 2 * (block @ low.T).to(x.dtype)).clamp_min(MIN_SQUARE)
+        product = (block @ low.T).to(x.dtype)
+        distance = torch.sub(square[:, None] + squares, product, alpha=2, out=product).clamp_min_(MIN_SQUARE)
         same = person[:, None] == persons
-        hardest.append((distance.masked_fill(~same, -1).argmax(1), distance.masked_fill(same, torch.inf).argmin(1)))
+        positive = distance.masked_fill(~same, -1).argmax(1)
+        hardest.append((positive, distance.masked_fill_(same, torch.inf).argmin(1)))
     positives, negatives = zip(*hardest)
     return torch.cat(positives), torch.cat(negatives)
 
@@ -204,24 +206,25 @@ def _noisy_distance(x: Tensor, chosen: Tensor, product_dtype: torch.dtype) -> Te
     return square.clamp_min(MIN_SQUARE).sqrt()
 
 
-class _Distance(torch.autograd.Function):
-    """d(x, x[chosen]) of all rows; the differences are taken block by block, twice, and not kept."""
+class _Distances(torch.autograd.Function):
+    """d(x, x[chosen]) of all rows and both chosen (2, N); the differences are taken block by block, twice, not kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, chosen: Tensor) -> Tensor:
-        blocks = zip(x.split(PAIR_ROWS), chosen.split(PAIR_ROWS))
-        squares = torch.cat([(rows - x[others]).square().sum(1) for rows, others in blocks])
-        distance = squares.clamp_min(MIN_SQUARE).sqrt()
-        ctx.save_for_backward(x, chosen, torch.where(squares < MIN_SQUARE, torch.inf, distance))
-        return distance
+        blocks = zip(x.split(PAIR_ROWS), chosen.split(PAIR_ROWS, 1))
+        squares = torch.cat([(rows - x[others]).square_().sum(2) for rows, others in blocks], 1)
+        distances = squares.clamp_min(MIN_SQUARE).sqrt()
+        ctx.save_for_backward(x, chosen, torch.where(squares < MIN_SQUARE, torch.inf, distances))
+        return distances
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        x, chosen, distance = ctx.saved_tensors
+        x, chosen, distances = ctx.saved_tensors
         gradient = torch.zeros_like(x)
-        blocks = (t.split(PAIR_ROWS) for t in (gradient, x, chosen, upstream / distance))
-        for own, rows, others, pull in zip(*blocks):
-            term = (rows - x[others]) * pull[:, None]
-            own += term
-            gradient.index_add_(0, others, term, alpha=-1)
+        pulls = (upstream / distances)[..., None]
+        blocks = zip(*(t.split(PAIR_ROWS) for t in (gradient, x)), *(t.split(PAIR_ROWS, 1) for t in (chosen, pulls)))
+        for own, rows, others, pull in blocks:
+            term = (rows - x[others]).mul_(pull)
+            own += term.sum(0)
+            gradient.index_add_(0, others.flatten(), term.flatten(0, 1), alpha=-1)
         return gradient, None

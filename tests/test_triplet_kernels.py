@@ -40,7 +40,10 @@ def assert_selection_is_fp32_grade(x: Tensor, persons: Tensor) -> None:
 
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.needs_gpu("the interpreter's bf16 product is wrong"))
 # Images and widths of the heads, one below, at and above the kernels' blocks; True: in the tiles of a large batch.
-KERNEL_SHAPES = [(31, (7,), False), (32, (32, 31), False), (33, (33, 300), False), (65, (17,), True), (1, (3,), False)]
+KERNEL_SHAPES = [
+    *((1, (3,), False), (15, (7,), False), (16, (32, 31), False), (17, (255, 256, 257), False), (2, (3,), True)),
+    *((127, (15,), True), (128, (16, 3), True), (257, (17,), True)),
+]
 
 
 def mined_and_gradients(
@@ -58,7 +61,7 @@ def mined_and_gradients(
 def test_kernels_are_as_accurate_as_plain_torch(
     monkeypatch: pytest.MonkeyPatch, images: int, widths: tuple[int, ...], large: bool, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(triplet, "SMALL", 0 if large else 512)
+    monkeypatch.setattr(triplet, "SMALL", 0 if large else 1024)
     margin = 0.3 if images % 2 else None
     persons = torch.randint(0, max(2, images // 4), (images,))
     x, upstream = [(3 + torch.randn(images, w)).to(dtype) for w in widths], torch.randn(len(widths))
@@ -112,7 +115,7 @@ def test_kernels_are_registered_whole() -> None:
     persons = torch.tensor([0, 0, 1, 1, 1])
     torch.library.opcheck(triplet._forward, (x, persons, None))
     detached = [t.detach() for t in x]
-    _, _, indices, pulls, _ = triplet._forward(detached, persons, 0.3)
-    torch.library.opcheck(triplet._backward, (torch.randn(2, 5), detached, indices, pulls))
+    _, shares, _, indices, pulls, _ = triplet._forward(detached, persons, 0.3)
+    torch.library.opcheck(triplet._backward, (torch.randn(2), detached, shares, indices, pulls))
     compiled = torch.compile(lambda *t: batch_hard_triplet(t, persons).losses, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*x), batch_hard_triplet(x, persons).losses)

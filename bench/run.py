@@ -69,8 +69,8 @@ BUILD_LEGEND = (
 LEGEND = (
     "speed: against the fastest alternative. GB/s and GFLOP/s: bytes and operations of an ideal implementation over "
     "the measured time. Of limit: the time in which this machine copies those bytes or does those operations in one "
-    "large product, whichever is longer, over the measured time. Warm ms: with a warm L2, peak GiB: memory beyond the "
-    "inputs; both on a GPU only."
+    "large product, whichever is longer, over the measured time. Warm ms: with a warm L2, on a GPU only. Peak GiB: "
+    "memory beyond the inputs, on a CPU by the resident set."
 )
 
 

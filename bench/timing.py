@@ -5,9 +5,11 @@ L2, and once more with what the call itself has left there. On a CPU the clock t
 other providers have left.
 """
 
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
 from typing import Any
@@ -62,7 +64,7 @@ class Measurement:
     fast_ms: float  # 20 % quantile
     slow_ms: float  # 80 % quantile
     warm_ms: float | None  # median with a warm L2; on a GPU only
-    peak_gib: float | None  # above what was allocated before the call; on a GPU only
+    peak_gib: float | None  # above what was allocated before the call; on a CPU above what was resident
 
 
 def measure(case: Case, settings: Settings, seconds: float) -> tuple[Work, list[Measurement]]:
@@ -161,10 +163,27 @@ def _replay(call: Callable[[], object]) -> Callable[[], object]:
 
 def _peak_gib(call: Callable[[], object], device: torch.device) -> float | None:
     if device.type != "cuda":
-        return None  # the resident set hardly shows what a CPU allocator reuses
+        return _resident_peak_gib(call)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def _resident_peak_gib(call: Callable[[], object]) -> float | None:
+    """By how much the resident set grew at most, once the C library has given back what it kept; on Linux only."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    except (AttributeError, OSError):
+        return None
+    before = _resident_kib("VmRSS")
+    call()
+    return (_resident_kib("VmHWM") - before) / 2**20
+
+
+def _resident_kib(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))

@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import run, suite_triplet
+from bench import run, suite_triplet, timing
 from bench.timing import Case, Settings, Work, WrongResultError, check, measure
 
 QUICK = Settings("quick", torch.device("cpu"))
@@ -91,7 +92,12 @@ def test_every_provider_is_called_equally_often_and_in_turn() -> None:
 
     _, measured = measure(Case("turns", "", setup), Settings("default", torch.device("cpu")), 0)
     assert [m.rounds for m in measured] == [5, 5, 5]
-    assert "".join(calls) == "abc" + "abc" + "bca" + "cab" + "abc" + "bca"  # the check, then five rounds
+    assert "".join(calls) == "abc" + "abc" + "abc" + "bca" + "cab" + "abc" + "bca"  # check, memory, then five rounds
+
+
+def test_memory_beyond_the_inputs_is_seen_on_a_cpu_too() -> None:
+    call = partial(torch.ones, 2**26)
+    assert timing._peak_gib(call, torch.device("cpu")) == pytest.approx(0.25, abs=0.02)
 
 
 def test_a_changed_source_makes_a_record_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SPILL = 0 if TRITON >= (3, 8) else 32
 # Of other products the tiles are smaller than it needs: twelve heads of a class token, or a batch that is to use every
 # multiprocessor.
-HOPPERS_OWN = {"self-attention": "HGMMA", "counts": "IGMMA", "nearest": "IGMMA"}
+HOPPERS_OWN = {"self-attention": "HGMMA", "triplet, N 4096": "HGMMA", "counts": "IGMMA", "nearest": "IGMMA"}
 
 
 @pytest.mark.parametrize("suite", ["attention", "triplet", "evaluation", "loader"])

@@ -28,7 +28,7 @@ from dataloading.worker import fork_server
 from kernels import augment
 
 SOURCES = ("dataloading/loader.py", "dataloading/pixels.py", "dataloading/decode.py", "dataloading/worker.py",
-           "dataloading/dali.py", "dataloading/cache.py", "kernels/augmentation.py", "kernels/philox.py")  # fmt: skip
+           "dataloading/dali.py", "dataloading/cache.py", "kernels/augmentation.py", "kernels/noise.py", "kernels/philox.py")  # fmt: skip
 # persons, images of each and camera (two cameras), batch size, height and width of the input, numbers of workers
 SIZES: dict[str, tuple[int, int, int, tuple[int, int], tuple[int, ...]]] = {
     "quick": (4, 2, 8, (96, 48), (0,)),

@@ -22,37 +22,27 @@ Place = Literal["device", "host", "none"]
 
 
 class ResidentPixels:
-    """Batches gathered from images in memory; without workers, and nothing is decoded.
+    """Batches of images in memory; without workers, and nothing is decoded.
 
     On the device all N images take N x H x W x 3 bytes: 1.3 GB for 12,936 images at 256 x 128. On the host they are
     pages of the file, which all processes share and the system may drop; a batch goes to a GPU through pinned memory.
-    On a CPU one buffer serves all batches: a batch holds until the next is asked for.
     """
 
     def __init__(self, images: Tensor, place: Place, device: torch.device) -> None:
         self._images: Tensor | None = images.to(device) if place == "device" else images
-        self._device = device
-        self._buffer = images.new_empty(0)
+        self._stays = place == "device" or device.type == "cpu"  # where it is augmented: no batch is gathered
 
-    def __call__(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
-        """(B, H, W, 3) uint8 for each batch of positions among the images, on the device or pinned on its way there."""
+    def __call__(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """For each batch of positions all images and those rows of them; or its images, pinned on their way."""
         if self._images is None:
             raise RuntimeError("the loader is closed")
         rows = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *batches])).to(self._images.device)
         for part in rows.split([len(batch) for batch in batches]):
-            if self._images.is_cuda:
-                yield self._images[part]
-            else:
-                yield torch.index_select(self._images, 0, part, out=self._room(len(part)))
-
-    def _room(self, count: int) -> Tensor:
-        assert self._images is not None
-        shape = (count, *self._images.shape[1:])
-        if self._device.type == "cuda":  # the allocator waits for the copy to the device before it gives this out again
-            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-        if self._buffer.shape != shape:
-            self._buffer = torch.empty(shape, dtype=torch.uint8)
-        return self._buffer
+            if self._stays:
+                yield self._images, part
+            else:  # the allocator waits for the copy to the device before it gives this out again
+                pinned = torch.empty((len(part), *self._images.shape[1:]), dtype=torch.uint8, pin_memory=True)
+                yield torch.index_select(self._images, 0, part, out=pinned), None
 
     def close(self) -> None:
         self._images = None

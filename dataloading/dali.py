@@ -57,7 +57,7 @@ class DaliPixels:
         )
         self._pipeline.build()
 
-    def __call__(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
+    def __call__(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, None]]:
         """(B, H, W, 3) uint8 on the device for each batch of positions in `paths`; the next call ends this one."""
         if self._pipeline is None:
             raise RuntimeError("the loader is closed")
@@ -68,7 +68,7 @@ class DaliPixels:
         self._pipeline.reset()
         self._waiting.extend(batches)
         for batch in batches:
-            yield self._decoded(batch)
+            yield self._decoded(batch), None
 
     def _decoded(self, batch: np.ndarray) -> Tensor:
         """The next batch of the pipeline; on a GPU its memory belongs to the current stream, as must its use."""

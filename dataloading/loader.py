@@ -98,7 +98,7 @@ class TrainLoader:
         )
         persons, cameras = labels[image], cameras[image]
         pixels = self._pixels([plan.image[part] for part in slices])
-        for decoded, part in zip(pixels, slices):
+        for (decoded, rows), part in zip(pixels, slices):
             for position, instead in self._reader.instead.items():  # nearly always none
                 cameras[image == position] = int(self._cameras[instead])
             images = augment(
@@ -112,6 +112,7 @@ class TrainLoader:
                 mean=self._input.PIXEL_MEAN,
                 std=self._input.PIXEL_STD,
                 dtype=self.dtype,
+                rows=rows,
             )
             yield Batch(images, persons[part], cameras[part], image[part])
 
@@ -161,7 +162,7 @@ class TestLoader:
     def _batches(self) -> Iterator[Batch]:
         starts = range(0, self._num_records, self.batch_size)
         slices = [slice(start, min(start + self.batch_size, self._num_records)) for start in starts]
-        for decoded, part in zip(self._pixels([np.arange(part.start, part.stop) for part in slices]), slices):
+        for (decoded, _), part in zip(self._pixels([np.arange(part.start, part.stop) for part in slices]), slices):
             pixels = decoded.to(self.device, non_blocking=True)
             images = normalize(pixels, self._input.PIXEL_MEAN, self._input.PIXEL_STD, self.dtype)
             yield Batch(images, self._persons[part], self._cameras[part], self._indices[part])

@@ -22,8 +22,11 @@ log = logging.getLogger(__name__)
 
 
 class Pixels(Protocol):
-    def __call__(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
-        """(B, H, W, 3) uint8 for each batch of positions, each good until the next; a new call ends the one before."""
+    def __call__(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Images (N, H, W, 3) uint8, and which of them each batch of positions is, (B,) int64; None: all, in order.
+
+        Good until the next; a new call ends the one before.
+        """
 
     def close(self) -> None:
         """End all processes and free the memory; a call then raises."""
@@ -93,7 +96,8 @@ def for_training(
     def fill() -> Iterator[Tensor]:
         pixels = files()
         try:
-            yield from pixels(np.split(np.arange(len(paths)), range(batch_size, len(paths), batch_size)))
+            for images, _ in pixels(np.split(np.arange(len(paths)), range(batch_size, len(paths), batch_size))):
+                yield images
         finally:
             pixels.close()
 

@@ -73,7 +73,7 @@ class FilePixels:
         self._end: weakref.finalize | None = None
         self._closed = False
 
-    def __call__(self, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
+    def __call__(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, None]]:
         """(B, H, W, 3) uint8 for each batch of positions in `paths`; the next call ends this one."""
         if self._closed:
             raise RuntimeError("the loader is closed")
@@ -85,7 +85,7 @@ class FilePixels:
                 self._end = weakref.finalize(self, pixels._shutdown_workers)
                 atexit.register(self._end)
             for decoded, batch in zip(pixels, batches):
-                yield self._otherwise(batch.tolist()) if isinstance(decoded, DataError) else decoded
+                yield self._otherwise(batch.tolist()) if isinstance(decoded, DataError) else decoded, None
         except (OSError, EOFError) as error:  # the pipe to a worker broke
             raise RuntimeError("a decoding worker has ended; was it killed, or is memory short?") from error
 

@@ -1,26 +1,33 @@
 """Augmentation of a batch: flip, shift with a black border, normalise, erase a rectangle with per-pixel noise.
 
-    out[b, :, y, x] = (in[b, y + dy, x' + dx] / 255 - mean) / std,  x' mirrored where flip[b], 0 outside the image
-    out[b, c, y, x] = normal_c(seed, epoch, index[b], y * W + x)  in the rectangle erase[b] = (top, left, height, width)
+    out[b, :, y, x] = (images[rows[b], y + dy, x' + dx] / 255 - mean) / std,  x' mirrored where flip[b], 0 outside
+    out[b, :, y, x] = noise  in the rectangle erase[b] = (top, left, height, width)
 
 Source: He et al., Bag of tricks and a strong baseline for person re-identification, arXiv:1903.07071; erasing:
-Zhong et al., arXiv:1708.04896. B images, H W pixels; the parameters come from the sampling plan, noise from Philox.
+Zhong et al., arXiv:1708.04896. B of N images, H W pixels; the parameters come from the sampling plan.
 """
 
+import weakref
+from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
+from math import prod
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels._path import use_triton
-from kernels.philox import ERASING_NOISE, WORD, normal, philox
+from kernels.noise import Noise, key_of, noise
 
-# On a CPU the work goes in parts whose temporaries stay in the cache: 4x (one core, B = 128, 256x128).
-IMAGES_PER_PART = 8
-PIXELS_PER_PART = 1 << 15
-VALUES = 2048  # per program of the kernel
+# Of a program of the kernel: rows, values of a row (three per pixel), warps; a thread draws one block of noise.
+ROWS, COLS, NUM_WARPS = 32, 128, 4
+# On a CPU, memory of large batches that are gone, for those to come: to clear new pages takes the system longer than
+# the augmentation (160 of 220 us an image; one core, B = 128, 256 x 128, fp32).
+LARGE = 1 << 20  # bytes
+SPARE: deque[np.ndarray] = deque(maxlen=2)
 
 
 def augment(
@@ -35,186 +42,152 @@ def augment(
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) `dtype`, channels-last.
+    """(N, H, W, 3) uint8 -> (B, 3, H, W) `dtype`, channels-last.
 
-    flip (B,) bool; shift (B, 2) = (dy, dx) in pixels; erase (B, 4), height 0: none; index (B,) position in the epoch.
+    flip (B,) bool; shift (B, 2) = (dy, dx) in pixels; erase (B, 4), height 0: none; index (B,) position in the epoch;
+    rows (B,) which of the images, by default all in order. The kernel trusts that the images and rectangles exist.
     """
-    _check(images, flip, shift, erase, index)
+    _check(images, flip, shift, erase, index, rows)
+    key, line = key_of(seed, epoch), _line(mean, std)
+    shape = (len(flip), *images.shape[1:])
     if use_triton(images) and dtype != torch.float64:
-        return _on_gpu(images, flip, shift, erase, index, seed, epoch, mean, std, dtype)
-    out = normalize(_flip_and_shift(images, flip, shift), mean, std, dtype)
-    _erase(out, erase, index, seed, epoch)
-    return out
+        out = torch.empty(shape, dtype=dtype, device=images.device)
+        _on_gpu(out, images, rows, flip, shift, erase, index, key, line)
+    else:
+        out = _room(shape, torch.promote_types(dtype, torch.float32))
+        _on_cpu(out, images.cpu(), rows, flip, shift, erase, index, key, line)
+        out = out.to(images.device, dtype)
+    return out.permute(0, 3, 1, 2)
 
 
 def normalize(
     images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """(B, H, W, 3) uint8 -> (image / 255 - mean) / std, (B, 3, H, W) `dtype`, channels-last; fp32 or wider inside."""
-    _check_images(images)
-    scales, offsets = _line(mean, std)
-    batch, height, width, _ = images.shape
-    wide = torch.promote_types(dtype, torch.float32)
-    # One constant per value of a row: the innermost loop then runs over 3 W values, not over 3.
-    scale, offset = (
-        torch.tensor(values, dtype=wide, device=images.device).repeat(width) for values in (scales, offsets)
-    )
-    out = torch.empty((batch, height, width, 3), dtype=dtype, device=images.device)
-    part = IMAGES_PER_PART if images.device.type == "cpu" else max(1, batch)
-    for pixels, target in zip(images.flatten(2).split(part), out.flatten(2).split(part)):  # (part, H, 3 W)
-        target.copy_(torch.addcmul(offset, pixels.to(wide), scale))
-    return out.permute(0, 3, 1, 2)
+    nothing = torch.zeros(len(images), 4, dtype=torch.int64, device=images.device)
+    flip, shift, index = nothing[:, 0].bool(), nothing[:, :2], nothing[:, 0]
+    return augment(images, flip, shift, nothing, index, seed=0, epoch=0, mean=mean, std=std, dtype=dtype)
 
 
-def _line(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Per channel the factor and the summand that make a normalised value of a byte."""
+def _line(mean: Sequence[float], std: Sequence[float]) -> list[float]:
+    """Three factors and three summands that make a normalised value of a byte."""
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(f"mean and std must be three numbers each, std above 0, got {mean} and {std}")
-    return [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)]
+    return [1 / (255 * s) for s in std] + [-m / s for m, s in zip(mean, std)]
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor. The memory of a large one is spare again once nothing refers to it any more."""
+    num_bytes = prod(shape) * dtype.itemsize
+    if num_bytes < LARGE:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    with suppress(IndexError):
+        memory = SPARE.pop()
+        if memory.nbytes == num_bytes:
+            return _lent(memory).view(dtype).view(shape)
+    return _lent(np.empty(num_bytes, np.uint8)).view(dtype).view(shape)
+
+
+def _lent(memory: np.ndarray) -> Tensor:
+    view = memory[:]  # held by the tensor's storage, and by nothing else
+    weakref.finalize(view, SPARE.append, memory).atexit = False
+    return torch.from_numpy(view)
 
 
 def _on_gpu(
-    images: Tensor, flip: Tensor, shift: Tensor, erase: Tensor, index: Tensor,
-    seed: int, epoch: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    if not (0 <= seed <= WORD and 0 <= epoch <= WORD):
-        raise ValueError(f"augment: seed and epoch must lie in 0..{WORD}, got {seed} and {epoch}")
-    batch, height, width, _ = images.shape
-    out = torch.empty((batch, height, width, 3), dtype=dtype, device=images.device)
-    key = (seed | epoch << 32) - (epoch >> 31 << 64)  # as a signed number of 64 bits
+    out: Tensor, images: Tensor, rows: Tensor | None, flip: Tensor, shift: Tensor, erase: Tensor, index: Tensor,
+    key: int, line: Sequence[float],
+) -> None:  # fmt: skip
+    batch, height, width, _ = out.shape
     if out.numel():
-        _augment[(triton.cdiv(3 * height * width, VALUES), batch)](
-            images.contiguous(), flip.view(torch.uint8), shift.contiguous(), erase.contiguous(), index, out, key,
-            *(float(number) for numbers in _line(mean, std) for number in numbers),
-            H=height, W=width, VALUES=VALUES, PURPOSE=ERASING_NOISE, num_warps=8,
+        _augment[(triton.cdiv(3 * width, COLS), triton.cdiv(height, ROWS), batch)](
+            images.contiguous(), rows, flip.view(torch.uint8), shift.contiguous(), erase.contiguous(), index, out,
+            key - (key >> 63 << 64), *line,  # as a signed number of 64 bits
+            H=height, W=width, ROWS=ROWS, COLS=COLS, num_warps=NUM_WARPS,
         )  # fmt: skip
-    return out.permute(0, 3, 1, 2)
 
 
 @triton.jit
 def _augment(
-    images_ptr, flip_ptr, shift_ptr, erase_ptr, index_ptr, out_ptr, key, scale_0, scale_1, scale_2,
-    offset_0, offset_1, offset_2, H: tl.constexpr, W: tl.constexpr, VALUES: tl.constexpr, PURPOSE: tl.constexpr,
+    images_ptr, rows_ptr, flip_ptr, shift_ptr, erase_ptr, index_ptr, out_ptr, key, scale_0, scale_1, scale_2,
+    offset_0, offset_1, offset_2, H: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """VALUES consecutive values of one image. Erased pixels are drawn whole, three values from one counter."""
-    image = tl.program_id(1).to(tl.int64)
-    start = tl.program_id(0) * VALUES
-    value = start + tl.arange(0, VALUES)
-    pixel, channel = value // 3, value % 3
-    y, x = pixel // W, pixel % W
-    from_y, from_x = (
-        y + tl.load(shift_ptr + 2 * image).to(tl.int32),
-        x + tl.load(shift_ptr + 2 * image + 1).to(tl.int32),
-    )
-    seen = (from_y >= 0) & (from_y < H) & (from_x >= 0) & (from_x < W) & (value < 3 * H * W)
-    from_x = tl.where(tl.load(flip_ptr + image) != 0, W - 1 - from_x, from_x)
-    images_ptr += image * (3 * H * W)
-    out_ptr += image * (3 * H * W)
-    byte = tl.load(images_ptr + (from_y * W + from_x) * 3 + channel, mask=seen, other=0).to(tl.float32)
+    """ROWS x COLS values of an image; what depends on the column alone is computed once for all rows of a thread."""
+    image = tl.program_id(2).to(tl.int64)
+    source = image if rows_ptr is None else tl.load(rows_ptr + image)
+    first_y, first_v = tl.program_id(1) * ROWS, tl.program_id(0) * COLS
+    y = first_y + tl.arange(0, ROWS)[:, None]
+    v = first_v + tl.arange(0, COLS)[None, :]  # 3 x + channel
+    channel = v % 3
+    dy, dx = tl.load(shift_ptr + 2 * image).to(tl.int32), tl.load(shift_ptr + 2 * image + 1).to(tl.int32)
+    from_y, from_v = y + dy, v + 3 * dx
+    from_v = tl.where(tl.load(flip_ptr + image) != 0, 3 * (W - 1) - from_v + 2 * channel, from_v)
+    seen = (from_y >= 0) & (from_y < H) & (from_v >= 0) & (from_v < 3 * W)
+    column_ptr = images_ptr + (source * H + dy) * (3 * W) + from_v  # of row 0 of the batch's image
+    byte = tl.load(column_ptr + y * (3 * W), mask=seen, other=0)
     scale = tl.where(channel == 0, scale_0, tl.where(channel == 1, scale_1, scale_2))
     offset = tl.where(channel == 0, offset_0, tl.where(channel == 1, offset_1, offset_2))
-    out = (byte * scale + offset).to(out_ptr.dtype.element_ty)
+    value = byte.to(tl.int32).to(tl.float32) * scale + offset  # [ROWS, COLS]
 
     top, left = tl.load(erase_ptr + 4 * image).to(tl.int32), tl.load(erase_ptr + 4 * image + 1).to(tl.int32)
     bottom = top + tl.load(erase_ptr + 4 * image + 2).to(tl.int32)
     right = left + tl.load(erase_ptr + 4 * image + 3).to(tl.int32)
-    if (start // 3 // W < bottom) & ((start + VALUES - 1) // 3 // W >= top) & (bottom > top):
-        kept = (y < top) | (y >= bottom) | (x < left) | (x >= right)
-        tl.store(out_ptr + value, out, mask=kept & (value < 3 * H * W))
-        position = tl.load(index_ptr + image).to(tl.int32)
-        _erase_on_gpu(out_ptr, key, position, start, top, left, bottom, right, H, W, VALUES, PURPOSE)
-    elif 3 * H * W % VALUES == 0:
-        tl.store(out_ptr + value, out)
+    left, right = 3 * left, 3 * right
+    if (tl.maximum(top, first_y) < tl.minimum(bottom, first_y + ROWS)) & (
+        tl.maximum(left, first_v) < tl.minimum(right, first_v + COLS)
+    ):
+        first, last = left // 16, (right + 15) // 16
+        row = (y - top) * (last - first) + 1
+        block = first_v // 16 - first + tl.arange(0, COLS // 16)[None, :]
+        drawn = noise(key, tl.load(index_ptr + image), row, block, ROWS, COLS // 16)
+        value = tl.where((y >= top) & (y < bottom) & (v >= left) & (v < right), drawn, value)
+    out_ptr += image * (3 * H * W) + y * (3 * W) + v
+    if H % ROWS or 3 * W % COLS:
+        tl.store(out_ptr, value.to(out_ptr.dtype.element_ty), mask=(y < H) & (v < 3 * W))
     else:
-        tl.store(out_ptr + value, out, mask=value < 3 * H * W)
+        tl.store(out_ptr, value.to(out_ptr.dtype.element_ty))
 
 
-@triton.jit
-def _erase_on_gpu(
-    out_ptr, key, position, start, top, left, bottom, right,
-    H: tl.constexpr, W: tl.constexpr, VALUES: tl.constexpr, PURPOSE: tl.constexpr,
-):  # fmt: skip
-    """Noise for the pixels of VALUES values, three of one counter; the first and last pixel may be another's too."""
-    pixel = start // 3 + tl.arange(0, VALUES // 2)  # half: of VALUES / 3 the next power of two
-    y, x = pixel // W, pixel % W
-    erased = (y >= top) & (y < bottom) & (x >= left) & (x < right) & (y < H)
-    zero = pixel * 0
-    a, b, c, d = tl.philox(key, pixel, zero + position, zero, zero + PURPOSE)
-    first, second = _normals(a, b)
-    third, _ = _normals(c, d)
-    for channel in tl.static_range(3):
-        noise = first if channel == 0 else second if channel == 1 else third
-        at = 3 * pixel + channel
-        mine = erased & (at >= start) & (at < start + VALUES)
-        tl.store(out_ptr + at, noise.to(out_ptr.dtype.element_ty), mask=mine)
+def _on_cpu(
+    out: Tensor, images: Tensor, rows: Tensor | None, flip: Tensor, shift: Tensor, erase: Tensor, index: Tensor,
+    key: int, line: Sequence[float],
+) -> None:  # fmt: skip
+    """Image by image, so that what is in between stays in the cache. Views are numpy's, which takes them faster."""
+    _, height, width, _ = out.shape
+    values = 3 * width
+    # One constant per value of a row: the innermost loop then runs over 3 W values, not over 3.
+    scale, offset = torch.tensor(line, dtype=out.dtype, device="cpu").view(2, 3).tile(1, width)
+    canvas = torch.empty(height, values, dtype=out.dtype, device="cpu")
+    pixels, sources, targets = canvas.numpy(), images.numpy(), out.flatten(2)
+    chosen = range(len(out)) if rows is None else rows.tolist()
+    for target, row, mirrored, (dy, dx) in zip(targets, chosen, flip.tolist(), shift.tolist()):
+        image = sources[row]
+        if mirrored:  # in this layout torch has it vectorised
+            image = torch.from_numpy(image)[None].permute(0, 3, 1, 2).flip(3)[0].permute(1, 2, 0).numpy()
+        image = image.reshape(height, values)
+        top, bottom, left, right = max(0, -dy), height - max(0, dy), max(0, -3 * dx), values - max(0, 3 * dx)
+        if top < bottom and left < right:
+            pixels[top:bottom, left:right] = image[top + dy : bottom + dy, left + 3 * dx : right + 3 * dx]
+        pixels[:top], pixels[max(0, bottom) :], pixels[:, :left], pixels[:, max(0, right) :] = 0, 0, 0, 0
+        torch.addcmul(offset, canvas, scale, out=target)
+    noise = Noise(key, out.dtype)
+    for pixels, position, (top, left, rows_, cols) in zip(targets.numpy(), index.tolist(), erase.tolist()):
+        if rows_ and cols:
+            pixels[top : top + rows_, 3 * left : 3 * (left + cols)] = noise.rectangle(position, left, rows_, cols)
 
 
-@triton.jit
-def _normals(bits_a, bits_b):
-    """As `philox.normal`. Sine and cosine are Taylor series about the nearest quarter of a turn, within 2^-23: those of
-    the library would carry a reduction for any angle, in local memory."""
-    radius = tl.sqrt(-2.0 * tl.log(_uniform(bits_a)))
-    turns = 4.0 * _uniform(bits_b)
-    quarter = tl.floor(turns + 0.5)
-    x = (turns - quarter) * 1.5707963267948966  # -pi / 4 .. pi / 4
-    xx = x * x
-    sine = x * (1 + xx * (-1 / 6 + xx * (1 / 120 + xx * (-1 / 5040 + xx * (1 / 362880)))))
-    cosine = 1 + xx * (-1 / 2 + xx * (1 / 24 + xx * (-1 / 720 + xx * (1 / 40320 + xx * (-1 / 3628800)))))
-    quarter = quarter.to(tl.int32)
-    swap = quarter % 2 == 1
-    cosine, sine = tl.where(swap, sine, cosine), tl.where(swap, cosine, sine)
-    cosine = tl.where((quarter == 1) | (quarter == 2), -cosine, cosine)
-    sine = tl.where((quarter == 2) | (quarter == 3), -sine, sine)
-    return radius * cosine, radius * sine
-
-
-@triton.jit
-def _uniform(bits):
-    return ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-
-
-def _flip_and_shift(images: Tensor, flip: Tensor, shift: Tensor) -> Tensor:
-    """Copies the part of each image that stays in view; the rest is black."""
-    height, width = images.shape[1:3]
-    out = torch.zeros_like(images, memory_format=torch.contiguous_format)
-    for image, target, mirrored, (dy, dx) in zip(images, out, flip.tolist(), shift.tolist()):
-        rows, cols = max(0, height - abs(dy)), max(0, width - abs(dx))
-        source = image.flip(1) if mirrored else image
-        seen = source[max(0, dy) :, max(0, dx) :][:rows, :cols]
-        target[max(0, -dy) :, max(0, -dx) :][:rows, :cols] = seen
-    return out
-
-
-def _erase(out: Tensor, erase: Tensor, index: Tensor, seed: int, epoch: int) -> None:
-    """Writes the noise into `out`, channels-last; it is computed for erased pixels only."""
-    height, width = out.shape[2:]
-    top, left, rows, cols = erase[:, :, None].unbind(1)  # (B, 1) each
-    y, x = torch.arange(height, device=out.device), torch.arange(width, device=out.device)
-    in_rows, in_cols = (y >= top) & (y < top + rows), (x >= left) & (x < left + cols)  # (B, H), (B, W)
-    erased = (in_rows[:, :, None] & in_cols[:, None, :]).flatten().nonzero().squeeze(1)
-    pixels = out.permute(0, 2, 3, 1).view(-1, 3)
-    for part in erased.split(PIXELS_PER_PART if out.device.type == "cpu" else max(1, len(erased))):
-        image, pixel = part // (height * width), part % (height * width)
-        words = philox((seed, epoch), (pixel, index[image], 0, ERASING_NOISE))
-        first, second = normal(words[0], words[1])
-        third, _ = normal(words[2], words[3])
-        pixels[part] = torch.stack((first, second, third), dim=1).to(out.dtype)
-
-
-def _check_images(images: Tensor) -> None:
+def _check(images: Tensor, flip: Tensor, shift: Tensor, erase: Tensor, index: Tensor, rows: Tensor | None) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(f"images must be (B, H, W, 3) uint8, got {tuple(images.shape)} {images.dtype}")
-
-
-def _check(images: Tensor, flip: Tensor, shift: Tensor, erase: Tensor, index: Tensor) -> None:
-    _check_images(images)
-    batch = len(images)
+    batch = len(images if rows is None else rows)
     parameters = {
         "flip": (flip, (batch,)),
         "shift": (shift, (batch, 2)),
         "erase": (erase, (batch, 4)),
         "index": (index, (batch,)),
+        **({} if rows is None else {"rows": (rows, (batch,))}),
     }
     for name, (tensor, shape) in parameters.items():
         if tuple(tensor.shape) != shape or tensor.is_floating_point():

@@ -1,11 +1,8 @@
 """Philox-4x32-10, random numbers without state: the same (key, counter) gives the same 128 bits everywhere.
 
-Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011. The same bits as Triton's
-`tl.philox(k0 | k1 << 32, *counter)`.
+Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011.
 The key is (seed, epoch); the last counter word says what the bits are for.
 """
-
-import math
 
 import torch
 from torch import Tensor
@@ -40,9 +37,3 @@ def below(bits: Tensor, bound: Tensor | int) -> Tensor:
 def uniform(bits: Tensor) -> Tensor:
     """fp32 in the open interval (0, 1), in steps of 2^-23: exact, so no path can round it to 0 or 1."""
     return ((bits >> 9).float() + 0.5) * 2.0**-23
-
-
-def normal(bits_a: Tensor, bits_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent standard normals, fp32 (Box-Muller)."""
-    radius, angle = torch.sqrt(-2.0 * torch.log(uniform(bits_a))), 2.0 * math.pi * uniform(bits_b)
-    return radius * torch.cos(angle), radius * torch.sin(angle)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.neighbours import Neighbours
-from kernels.philox import ERASING_NOISE, normal, philox
+from kernels.philox import ERASING_NOISE
 from kernels.ranking import RankCounts
 from kernels.triplet import BatchHard
 
@@ -30,19 +31,26 @@ def augment(
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
+    rows: Tensor | None = None,
 ) -> Tensor:
     height, width = images.shape[1:3]
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     out = []
-    for image, mirrored, (dy, dx), (top, left, rows, cols), position in zip(images, flip, shift, erase, index):
+    for image, mirrored, (dy, dx), (top, left, rows_, cols), position in zip(
+        images if rows is None else images[rows], flip, shift, erase.tolist(), index
+    ):
         canvas = image.new_zeros(3 * height, 3 * width, 3)
         canvas[height : 2 * height, width : 2 * width] = image.flip(1) if mirrored else image
         seen = canvas[height + dy : 2 * height + dy, width + dx : 2 * width + dx].double()
-        values = (seen / 255 - torch.tensor(mean)) / torch.tensor(std)
-        words = philox((seed, epoch), (y * width + x, position, 0, ERASING_NOISE))
-        noise = torch.stack((*normal(words[0], words[1]), normal(words[2], words[3])[0]), dim=2)
-        erased = (y >= top) & (y < top + rows) & (x >= left) & (x < left + cols)
-        out.append(torch.where(erased[:, :, None], noise, values))
+        values = ((seen / 255 - torch.tensor(mean)) / torch.tensor(std)).flatten(1)
+        first, last = 3 * left // 16, (3 * (left + cols) + 15) // 16  # blocks of noise in a row of the rectangle
+        for row in range(rows_):
+            counter = [row * (last - first), int(position), 0, ERASING_NOISE]
+            words = np.random.Philox(key=seed | epoch << 32, counter=counter).random_raw(4 * (last - first))
+            levels = torch.from_numpy(words.view(np.uint16).astype(np.float64)).to(values.device)
+            noise = torch.special.ndtri((levels + 0.5) / 65536)
+            start = 3 * left - 16 * first
+            values[top + row, 3 * left : 3 * (left + cols)] = noise[start : start + 3 * cols]
+        out.append(values.unflatten(1, (width, 3)))
     return torch.stack(out).permute(0, 3, 1, 2).to(dtype)
 
 

@@ -42,7 +42,7 @@ def test_resize_as_pillow(tmp_path, resize):
     paths = [str(tmp_path / f"{height}x{width}.jpg") for height, width in SHAPES]
     for path, shape in zip(paths, SHAPES):
         smooth(*shape).save(path, quality=92)
-    (batch,) = pixels_of(paths, (256, 128), resize, batch_size=len(paths))([np.arange(len(paths))])
+    ((batch, _),) = pixels_of(paths, (256, 128), resize, batch_size=len(paths))([np.arange(len(paths))])
     assert (batch.shape, batch.dtype) == ((len(paths), 256, 128, 3), torch.uint8)
     for path, image in zip(paths, batch):
         difference = np.abs(image.numpy().astype(int) - pillow(path, (256, 128), resize))
@@ -62,9 +62,9 @@ def test_every_kind_of_file_is_what_the_other_decoder_reads(tmp_path):
         **{f"{kind}.jpg": image_bytes(kind) for kind in ("BMP", "TIFF", "WEBP")},
     }
     paths = [save(tmp_path / name, data) for name, data in kinds.items()]
-    (batch,) = pixels_of(paths, (128, 64), batch_size=len(paths))([np.arange(len(paths))])
+    ((batch, _),) = pixels_of(paths, (128, 64), batch_size=len(paths))([np.arange(len(paths))])
     one_by_one = pixels_of(paths, (128, 64), batch_size=1)([np.array([i]) for i in range(len(paths))])
-    for name, image, alone, expected in zip(kinds, batch, one_by_one, decode_batch(paths, (128, 64), BICUBIC)):
+    for name, image, (alone, _), expected in zip(kinds, batch, one_by_one, decode_batch(paths, (128, 64), BICUBIC)):
         for read in (image, alone[0]):
             assert (read.int() - expected.int()).abs().max() <= 2, name
 
@@ -73,11 +73,11 @@ def test_batches_come_in_order_and_an_epoch_may_be_left(paths):
     pixels = pixels_of(paths)
     order = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3])
     batches = np.split(order, [4, 8])
-    alone = torch.cat([next(pixels_of([path])([np.array([0])])).clone() for path in paths])
+    alone = torch.cat([next(pixels_of([path])([np.array([0])]))[0].clone() for path in paths])
     for _ in range(2):
-        assert torch.equal(torch.cat([batch.clone() for batch in pixels(batches)]), alone[order])
+        assert torch.equal(torch.cat([batch.clone() for batch, _ in pixels(batches)]), alone[order])
         left = pixels(batches[::-1])
-        assert torch.equal(next(left), alone[batches[-1]])
+        assert torch.equal(next(left)[0], alone[batches[-1]])
     assert list(pixels([])) == []
 
 
@@ -89,7 +89,7 @@ def test_a_bad_file_is_named_and_the_next_batches_are_right(paths, tmp_path, nam
     next(batches)
     with pytest.raises(DataError, match=f"cannot read the image .*{name}: "):
         next(batches)
-    first, second = (batch.clone() for batch in pixels([np.array([0]), np.array([3])]))
+    first, second = (batch.clone() for batch, _ in pixels([np.array([0]), np.array([3])]))
     expected = decode_batch([files[0], files[3]], (64, 32), BICUBIC)
     assert (torch.cat([first, second]).int() - expected.int()).abs().max() <= 2
 

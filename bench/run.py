@@ -42,6 +42,8 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "20 % ms": lambda row: _number(row["fast_ms"]),
     "80 % ms": lambda row: _number(row["slow_ms"]),
     "warm ms": lambda row: _number(row["warm_ms"]),
+    "items/s": lambda row: _number(row.get("items") and 1e3 * row["items"] / row["median_ms"]),
+    "cores": lambda row: _number(row.get("cores")),
     "GB/s": lambda row: _number(row["bytes"] and row["bytes"] / row["median_ms"] * 1e-6),
     "GFLOP/s": lambda row: _number(row["operations"] and row["operations"] / row["median_ms"] * 1e-6),
     "of limit": lambda row: "" if row["limit_ms"] is None else f"{row['limit_ms'] / row['median_ms']:.0%}",
@@ -70,7 +72,7 @@ LEGEND = (
     "speed: against the fastest alternative. GB/s and GFLOP/s: bytes and operations of an ideal implementation over "
     "the measured time. Of limit: the time in which this machine copies those bytes or does those operations in one "
     "large product, whichever is longer, over the measured time. Warm ms: with a warm L2, on a GPU only. Peak GiB: "
-    "memory beyond the inputs, on a CPU by the resident set."
+    "memory beyond the inputs, on a CPU by the resident set. Items: images; cores: kept busy, workers included."
 )
 
 
@@ -129,7 +131,13 @@ def run_suite(suite: str, settings: Settings, ceilings: Ceilings) -> list[Row]:
 
 def _rows(stamp: Row, case: Case, work: Work, measured: Sequence[Measurement]) -> list[Row]:
     best = min(m.median_ms for m in measured[1:])  # the first is ours
-    about = {"case": case.name, "shape": case.shape, "bytes": work.bytes_moved, "operations": work.operations}
+    about = {
+        "case": case.name,
+        "shape": case.shape,
+        "bytes": work.bytes_moved,
+        "operations": work.operations,
+        "items": work.items,
+    }
     return [{**stamp, **about, **vars(m), "speed": best / m.median_ms} for m in measured]
 
 

@@ -1,10 +1,11 @@
 """Training images: augmentation of one batch, and a whole epoch, against Pillow and torchvision.
 
 An epoch is timed from files, by every decoder that is installed, and from images resident in memory once their file is
-there: as every epoch but the very first. Its speed in images/s is the first number of the shape over the time.
+there: as every epoch but the very first.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -28,7 +29,8 @@ from dataloading.worker import fork_server
 from kernels import augment
 
 SOURCES = ("dataloading/loader.py", "dataloading/pixels.py", "dataloading/decode.py", "dataloading/worker.py",
-           "dataloading/dali.py", "dataloading/cache.py", "kernels/augmentation.py", "kernels/noise.py", "kernels/philox.py")  # fmt: skip
+           "dataloading/dali.py", "dataloading/cache.py", "kernels/augmentation.py", "kernels/noise.py",
+           "kernels/philox.py")  # fmt: skip
 # persons, images of each and camera (two cameras), batch size, height and width of the input, numbers of workers
 SIZES: dict[str, tuple[int, int, int, tuple[int, int], tuple[int, ...]]] = {
     "quick": (4, 2, 8, (96, 48), (0,)),
@@ -84,16 +86,16 @@ def augmentation(settings: Settings) -> Iterator[Work]:
         parameters = [torch.from_numpy(getattr(plan, name)[:count]).to(settings.device) for name in names]
         parameters.append(torch.arange(count, device=settings.device))
 
-        def ours() -> list[Tensor]:
-            return [augment(pixels, *parameters, seed=SEED, epoch=EPOCH, mean=MEAN, std=STD)]
+        def ours() -> Tensor:
+            return augment(pixels, *parameters, seed=SEED, epoch=EPOCH, mean=MEAN, std=STD)
 
-        def by_image() -> list[Tensor]:
+        def by_image() -> Tensor:
             images = pixels.permute(0, 3, 1, 2)
-            return [torch.stack([transformed(image, plan, i) for i, image in enumerate(images)])]
+            return torch.stack([transformed(image, plan, i) for i, image in enumerate(images)])
 
         providers = {"ours": ours, "torchvision, image by image": by_image}
         moved = pixels.numel() * (1 + 4)  # uint8 in, float32 out
-        yield Work(providers, 1e-5, moved, compared=lambda batches: visible(batches, plan))
+        yield Work(providers, 1e-5, moved, items=count, compared=lambda images: visible(images, plan.erase))
 
 
 @contextmanager
@@ -110,12 +112,13 @@ def epoch(settings: Settings, loading: DataloaderConfig) -> Iterator[Work]:
             pin_memory=settings.device.type == "cuda",
             multiprocessing_context=fork_server() if workers else None,
         )
-        providers: dict[str, Callable[[], list[Tensor]]] = {
-            "ours": lambda: [batch.images for batch in train.batches(EPOCH)],
-            "Pillow and torchvision": lambda: [images.to(settings.device, non_blocking=True) for images in usual],
+        providers: dict[str, Callable[[], Tensor]] = {
+            "ours": lambda: last(batch.images for batch in train.batches(EPOCH)),
+            "Pillow and torchvision": lambda: last(images.to(settings.device, non_blocking=True) for images in usual),
         }
+        erase = plan.erase[-train.batch_size :]
         try:
-            yield Work(providers, GREY_LEVELS, compared=lambda images: visible(images, plan))
+            yield Work(providers, GREY_LEVELS, items=len(plan.image), compared=lambda images: visible(images, erase))
         finally:
             if workers and usual._iterator is not None:
                 usual._iterator._shutdown_workers()
@@ -148,10 +151,15 @@ def transformed(image: Image.Image | Tensor, plan: EpochPlan, position: int) -> 
     return pixels
 
 
-def visible(batches: Sequence[Tensor], plan: EpochPlan) -> list[Tensor]:
+def last(batches: Iterable[Tensor]) -> Tensor:
+    """Of all batches, which come and go one by one as in training."""
+    return deque(batches, maxlen=1)[0]
+
+
+def visible(images: Tensor, erase: np.ndarray) -> list[Tensor]:
     """The images with the erased rectangles blank: their noise is another one in every implementation."""
-    images = torch.cat(list(batches)).clone()
-    for image, (top, left, rows, cols) in zip(images, plan.erase.tolist()):
+    images = images.clone()
+    for image, (top, left, rows, cols) in zip(images, erase.tolist()):
         image[:, top : top + rows, left : left + cols] = 0
     return [images]
 

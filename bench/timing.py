@@ -6,12 +6,13 @@ other providers have left.
 """
 
 import ctypes
+import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median, quantiles
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class Work:
     bytes_moved: float | None = None  # by an ideal implementation: every input read once, every output written once
     operations: float | None = None  # likewise, without recomputation
     compared: Callable[[Any], Sequence[Tensor]] = field(default=tuple)  # of what a call returns
+    items: int | None = None  # that a call delivers, images of an epoch: what is wanted is their number per second
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Measurement:
     slow_ms: float  # 80 % quantile
     warm_ms: float | None  # median with a warm L2; on a GPU only
     peak_gib: float | None  # above what was allocated before the call; on a CPU above what was resident
+    cores: float | None = None  # kept busy on average, in workers too; where items are delivered
 
 
 def measure(case: Case, settings: Settings, seconds: float) -> tuple[Work, list[Measurement]]:
@@ -80,14 +83,19 @@ def measure(case: Case, settings: Settings, seconds: float) -> tuple[Work, list[
         warm_times: dict[str, list[float]] = {name: [] for name in calls}
         rounds = round(seconds / (1e-3 * sum(first for (first,) in times.values())))
         rounds = 2 if settings.size == "quick" else min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS)
-        names = list(calls)
+        names, busy_s = list(calls), dict.fromkeys(calls, 0.0)
         for _ in range(rounds - 1):
             names.append(names.pop(0))  # nobody always follows the same one
             for name in names:
+                others_s, own_s = _workers_cpu_s() if work.items else 0, process_time()
                 times[name].append(cold(calls[name]))
+                busy_s[name] += process_time() - own_s + ((_workers_cpu_s() if work.items else 0) - others_s)
                 if gpu:
                     warm_times[name].append(warm(calls[name]))
-    return work, [_measurement(name, times[name], warm_times[name], peaks[name]) for name in work.providers]
+    measured = [_measurement(name, times[name], warm_times[name], peaks[name]) for name in work.providers]
+    if work.items:
+        measured = [replace(m, cores=busy_s[m.provider] / (1e-3 * sum(times[m.provider][1:]))) for m in measured]
+    return work, measured
 
 
 def check(case: str, work: Work) -> None:
@@ -141,6 +149,17 @@ def _cpu_clock(call: Callable[[], object]) -> float:
     start = perf_counter()
     call()
     return 1e3 * (perf_counter() - start)
+
+
+def _workers_cpu_s() -> float:
+    """Spent so far by the others of this process group, in steps of 10 ms."""
+    group, ticks = os.getpgrp(), 0
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, IndexError):  # ended meanwhile
+            fields = file.read_text(errors="replace").rpartition(")")[2].split()
+            if int(fields[2]) == group and int(file.parent.name) != os.getpid():
+                ticks += int(fields[11]) + int(fields[12])  # user, system
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _replay(call: Callable[[], object]) -> Callable[[], object]:

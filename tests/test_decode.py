@@ -136,7 +136,10 @@ def test_names_with_any_bytes(tmp_path):
 
 
 def test_a_batch(tmp_path):
-    paths = [save(tmp_path / f"{i}.jpg", image_bytes(size=(20 + i, 40))) for i in range(3)]
+    sizes = [(20, 40), (64, 128), *[(60, 128)] * 24, (64, 128), (1200, 900)]  # more of one size than a run
+    paths = [save(tmp_path / f"{i}.jpg", image_bytes(size=size)) for i, size in enumerate(sizes)]
     batch = decode_batch(paths, (32, 16), BICUBIC)
-    assert batch.shape == (3, 32, 16, 3)
-    assert torch.equal(batch[1], decode(paths[1], (32, 16), BICUBIC))
+    assert batch.shape == (28, 32, 16, 3)
+    for path, pixels in zip(paths, batch):
+        assert torch.equal(pixels, decode(path, (32, 16), BICUBIC))
+    assert decode_batch([], (32, 16), BICUBIC).shape == (0, 32, 16, 3)

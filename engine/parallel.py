@@ -3,10 +3,12 @@
 import logging
 import math
 import os
+import platform
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -87,8 +89,23 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Where activations are computed in bf16 or fp16; weights, norms' statistics and losses stay fp32."""
-    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
+    """Where activations are computed in bf16 or fp16; weights, norms' statistics and losses stay fp32.
+
+    bf16 becomes fp32 on a CPU that would have to imitate it, which is slower and less exact.
+    """
+    enabled = precision == "fp16" or (precision == "bf16" and (device.type != "cpu" or _cpu_has_bf16()))
+    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=enabled)
+
+
+@cache
+def _cpu_has_bf16() -> bool:
+    """Instructions for it, not only software; says so once if not."""
+    has = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if has and platform.machine().lower() in ("x86_64", "amd64"):  # there it means AVX-512 of any kind
+        has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if not has:
+        log.warning("this CPU has no bf16 instructions: SOLVER.PRECISION bf16 computes in fp32 here")
+    return has
 
 
 def shard(model: nn.Module, ranks: Ranks, cfg: ParallelConfig = UNCOMPILED) -> nn.Module:

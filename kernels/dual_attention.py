@@ -21,6 +21,7 @@ LOG2_E = math.log2(math.e)
 WIDEST_HEAD = 128  # of the kernels
 # Tiles of queries on their way in the backward pass: without spills in both, by the registers each compiler finds.
 STAGES = 2 if TRITON < (3, 9) else 3
+HAS_TILES = torch.cpu._is_amx_tile_supported()  # a CPU without AMX is slower in torch's half-precision attention
 Plan = dict[str, Any]
 
 
@@ -58,8 +59,11 @@ def _check(streams: Sequence[Tensor]) -> None:
 
 
 def _attend(qkv: Tensor, scale: float) -> Tensor:
-    query, key, value = qkv.permute(2, 0, 3, 1, 4)  # views (B, H, N, D)
-    return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
+    dtype = qkv.dtype if HAS_TILES else torch.promote_types(qkv.dtype, torch.float32)
+    query, key, value = qkv.to(dtype).permute(2, 0, 3, 1, 4)  # views (B, H, N, D)
+    with torch.autocast("cpu", enabled=False):
+        y = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    return y.transpose(1, 2).flatten(2).to(qkv.dtype)
 
 
 def _on_gpu(streams: list[Tensor], scale: float) -> list[Tensor]:

@@ -1,142 +1,229 @@
-"""One training step, as the loop takes it, against the plainly written one of the same model on plain torch ops."""
+"""A training step and an embedding as the engine does them, against the published code: whole, then part by part.
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+A part runs alone on the activations that the whole model gives it. On a GPU "of limit" is the MFU by the largest
+product that this machine reaches, counting the operations of the published model.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from io import StringIO
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import default_collate
 
-from bench.suite_attention import projected_class_attention, sdpa_on_views
-from bench.suite_triplet import dense
+from bench.model_parts import PARTS, forward_and_backward
+from bench.step_baselines import (
+    as_published,
+    plain_step,
+    published_autocast,
+    published_loss,
+    published_optimizer,
+    published_step,
+)
+from bench.suite_loader import GREY_LEVELS, PillowDataset, visible
 from bench.timing import Case, Settings, Work
 from dataloading.loader import Batch
 from engine import parallel
+from engine.compiling import compile_parts
 from engine.config import Config
-from engine.evaluation import build
 from engine.loop import Run
-from engine.optim import group_of, learning_rate
-from fusionreid import blocks, htm
-from fusionreid.drop_path import Draws
+from engine.optim import Optimizer
+from engine.restore import build
+from engine.utilisation import GFLOP_PER_IMAGE
+from fusionreid import FusionReID
+from fusionreid.losses import reid_loss
 
-SOURCES = ("kernels/*.py", "fusionreid/**/*.py", "engine/step.py", "engine/optim.py", "engine/compiling.py")
+SOURCES = ("kernels/*.py", "fusionreid/**/*.py", "engine/step.py", "engine/optim.py", "engine/compiling.py",
+           "engine/parallel.py", "bench/step_baselines.py", "bench/model_parts.py")  # fmt: skip
 INSTANCES = 4
-GFLOP_PER_IMAGE = 174.0  # of the published model at 256 x 128, as torch's flop counter finds it
 TEST_MODEL = {"RES_NAME": "test_resnet", "TRANSFORMER_TYPE": "test_vit", "STRIDE_SIZE": (16, 16), "HTM_LAYER": 1}
 SIZES: dict[str, tuple[int, tuple[int, int], dict[str, Any]]] = {  # images, their height and width, the MODEL section
     "quick": (8, (32, 16), {**TEST_MODEL, "MIX_DIM": 24}),
-    "default": (16, (256, 128), {"RES_NAME": "resnet18", "TRANSFORMER_TYPE": "vit_tiny_patch16_224", "MIX_DIM": 192}),
+    "default": (8, (256, 128), {}),
     "full": (128, (256, 128), {}),
 }
+COMPARED = 8  # weights after an update by the optimiser alone
+# Of fp32: the real model's first gradients differ by 3e-2 of the largest. Of an embedding, in mixed precision.
+TOLERANCE = {"quick": 1e-3, "default": 0.1, "full": 0.1}
+MIXED_TOLERANCE = 3e-2
+Call = Callable[[], list[Tensor]]
+Step = Callable[[bool], list[Tensor]]  # exact or not
 
 
 def cases(settings: Settings) -> list[Case]:
     images, (height, width), model = SIZES[settings.size]
     name = f"{model['RES_NAME']} and {model['TRANSFORMER_TYPE']}" if model else "ResNet-50 and ViT-B/16, stride 12"
-    shape = f"B {images}, {height} x {width}, {_precision(settings)}"
-    return [Case(f"training step, {name}", shape, partial(training_step, settings))]
+    shape = f"{name}, B {images}, {height} x {width}, {_precision(settings)}"
+    setups: dict[str, Callable[[Settings], AbstractContextManager[Work]]] = {
+        "training step": training_step,
+        "embedding": embedding,
+        **{f"{part}, forward and backward": partial(one_part, part=part) for part in PARTS},
+        "optimiser": optimiser,
+        "images of a batch": data,
+    }
+    return [Case(what, shape, partial(setup, settings)) for what, setup in setups.items()]
 
 
 @contextmanager
 def training_step(settings: Settings) -> Iterator[Work]:
-    images, (height, width), model = SIZES[settings.size]
-    with TemporaryDirectory() as folder, _run(_config(settings, folder)) as run:
-        batch = Batch(
-            torch.randn(images, 3, height, width, device=settings.device).to(memory_format=torch.channels_last),
-            torch.arange(images, device=settings.device) // INSTANCES,
-            torch.arange(images, device=settings.device) % 2,
-            torch.arange(images, device=settings.device),
-        )
+    with _run(settings) as (run, batch):
+        precision = run.cfg.SOLVER.PRECISION
 
-        def ours() -> tuple[Tensor, list[Tensor]]:
+        def ours(exact: bool) -> list[Tensor]:
+            solver = run.cfg.SOLVER.model_copy(update={"PRECISION": "fp32" if exact else precision})
+            run.train_step.cfg = run.cfg.model_copy(update={"SOLVER": solver})
             run.train_step.clear()
             run.train_step(batch, number=0)
-            weights = [parallel.local_shard(p.detach()) for p in run.model.parameters()]
-            return run.train_step.sums[: 2 * len(run.train_step.heads)], weights
+            weights = (parallel.local_shard(p.detach()) for p in run.model.parameters())
+            return [run.train_step.sums[: 2 * len(run.train_step.heads)], *weights]
 
-        providers: dict[str, Callable[[], Any]] = {"ours": ours, "plain": plain_step(run, batch, compiled=False)}
+        steps: dict[str, Step] = {
+            "ours": ours,
+            "as published": published_step(as_published(_copy(run)), batch, run.cfg.SOLVER),
+        }
         if settings.compile:
-            providers["plain, compiled"] = plain_step(run, batch, compiled=True)
-        operations = None if model else GFLOP_PER_IMAGE * 1e9 * images
+            steps["plain, compiled"] = plain_step(_copy(run), batch, run.cfg.SOLVER)
         start = _flat(parallel.local_shard(p.detach()) for p in run.model.parameters())
-        tolerance = 0.1 if settings.device.type == "cuda" else 1e-3  # of the losses, and of the update of all weights
-        yield Work(providers, tolerance, None, operations, lambda result: (result[0], _flat(result[1]) - start))
-
-
-def plain_step(run: Run, batch: Batch, *, compiled: bool) -> Callable[[], tuple[Tensor, list[Tensor]]]:
-    """The step as one writes it first, from the very weights that `run` has now."""
-    cfg, device = run.cfg, run.ranks.device
-    model = build(cfg, run.split.num_persons, run.split.num_cameras).to(device)
-    model.load_state_dict({name: parallel.full_tensor(t) for name, t in run.model.state_dict().items()})
-    forward: Callable[..., Any] = torch.compile(model) if compiled else model.train()
-    groups: dict[tuple[float, float], list[Tensor]] = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            groups.setdefault(group_of(name, cfg.SOLVER), []).append(p)
-    optimizer = torch.optim.SGD(
-        [{"params": parameters, "lr": learning_rate(1, rate, cfg.SOLVER), "weight_decay": decay}
-         for (rate, decay), parameters in groups.items()], momentum=cfg.SOLVER.MOMENTUM)  # fmt: skip
-
-    draws = Draws(model, cfg.SOLVER.SEED, torch.arange(len(batch.images), device=device))
-
-    def step() -> tuple[Tensor, list[Tensor]]:
-        draws.draw(torch.zeros((), dtype=torch.int64, device=device))
-        draws.show(slice(None))
-        with parallel.autocast(cfg.SOLVER.PRECISION, device), plain_ops():
-            outputs = forward(batch.images, batch.cameras)
-        identity = torch.stack([F.cross_entropy(x.float(), batch.persons, label_smoothing=0.1) for x in outputs.logits])
-        triplet = dense([x.float() for x in outputs.features], batch.persons)
-        loss = identity.sum() + triplet.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return torch.cat([identity, triplet]), [p.detach() for p in model.parameters()]
-
-    return step
-
-
-@contextmanager
-def plain_ops() -> Iterator[None]:
-    """The model's attention on torch's own ops, whatever the kernels are."""
-
-    def dual(function: Callable[..., Tensor]) -> Callable[..., Any]:
-        return lambda a, b=None, scale=None: (
-            function(a, scale) if b is None else (function(a, scale), function(b, scale))
+        yield _work(
+            settings, first_in_fp32(settings, steps), 1.0, lambda result: [result[0], _flat(result[1:]) - start]
         )
 
-    own, across = dual(sdpa_on_views), dual(projected_class_attention)
-    with (
-        mock.patch.object(blocks, "dual_self_attention", own),
-        mock.patch.multiple(htm, dual_self_attention=own, dual_cross_attention=across),
-    ):
-        yield
+
+@contextmanager
+def embedding(settings: Settings) -> Iterator[Work]:
+    """Without the neck, of all heads."""
+    with _run(settings) as (run, batch), parallel.autocast(run.cfg.SOLVER.PRECISION, settings.device):
+        ours, theirs, images = run.model.eval(), as_published(_copy(run)).eval(), batch.images.contiguous()
+
+        @torch.no_grad()
+        def published() -> list[Tensor]:
+            with published_autocast(settings.device):
+                return [theirs(images, batch.cameras).embedding()]
+
+        @torch.no_grad()
+        def own() -> list[Tensor]:
+            return [ours(batch.images, batch.cameras).embedding()]
+
+        yield replace(_work(settings, {"ours": own, "as published": published}, 1 / 3), tolerance=MIXED_TOLERANCE)
 
 
 @contextmanager
-def _run(cfg: Config) -> Iterator[Run]:
-    ours = not torch.distributed.is_initialized()
-    with redirect_stdout(StringIO()):
-        run = Run(cfg)
-    try:
-        run.model.train()
-        run.optimizer.set_epoch(1)
-        yield run
-    finally:
-        for part in (run.loader, run.metrics, run.stop, run.lock):
-            if part is not None:
-                part.close()
-        if ours:
-            torch.distributed.destroy_process_group()
+def one_part(settings: Settings, part: str) -> Iterator[Work]:
+    with _run(settings) as (run, batch):
+        ours, theirs = _copy(run), as_published(_copy(run))
+        compile_parts(ours, run.cfg.PARALLEL, settings.device)
+        device, images, precision = settings.device, batch.images.contiguous(), run.cfg.SOLVER.PRECISION
+        steps = {
+            "ours": forward_and_backward(
+                ours, part, batch.images, batch,
+                lambda exact: parallel.autocast("fp32" if exact else precision, device), reid_loss,
+            ),
+            "as published": forward_and_backward(
+                theirs, part, images, batch, lambda exact: published_autocast(device, exact), published_loss
+            ),
+        }  # fmt: skip
+        yield _work(settings, first_in_fp32(settings, steps))
+
+
+def first_in_fp32(settings: Settings, steps: Mapping[str, Step]) -> dict[str, Call]:
+    """Calls whose first time, which is compared, is exact: batch norms of an untrained model magnify any rounding."""
+
+    def begin(step: Step) -> Call:
+        first = iter([True])
+
+        def call() -> list[Tensor]:
+            if not next(first, False):
+                return step(False)
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                return step(True)
+
+        return call
+
+    return {name: begin(step) for name, step in steps.items()}
+
+
+@contextmanager
+def optimiser(settings: Settings) -> Iterator[Work]:
+    with _run(settings) as (run, _):
+        ours, theirs = _copy(run), _copy(run)
+        fused, plain = Optimizer(ours, run.cfg.SOLVER, settings.device), published_optimizer(theirs, run.cfg.SOLVER)
+        fused.set_epoch(1)
+        gradients = [torch.randn_like(p) for p in ours.parameters()]
+        fine = torch.zeros((), dtype=torch.bool, device=settings.device)
+
+        def step(model: nn.Module, update: Callable[[], object]) -> list[Tensor]:
+            for p, gradient in zip(model.parameters(), gradients):
+                p.grad = gradient if p.requires_grad else None
+            update()
+            return [p.detach() for p in list(model.parameters())[:COMPARED]]
+
+        yield _work(settings, {
+            "ours": lambda: step(ours, lambda: fused.step(fine)), "as published": lambda: step(theirs, plain.step),
+        })  # fmt: skip
+
+
+@contextmanager
+def data(settings: Settings) -> Iterator[Work]:
+    """Ours are resident by then, as in every epoch but the first; the others come from files, by one process."""
+    with _run(settings) as (run, batch):
+        plan, size = run.loader.plan(1), SIZES[settings.size][1]
+        files = PillowDataset(run.split.train, plan, size)
+        providers = {
+            "ours": lambda: [loaded.images for loaded in run.loader.batches(1)],
+            "Pillow and torchvision": lambda: [
+                default_collate([files[i] for i in range(len(batch.images))]).to(settings.device)
+            ],
+        }
+        yield Work(providers, GREY_LEVELS, items=len(batch.images), compared=lambda images: visible(images, plan))
+
+
+def _work(
+    settings: Settings, providers: dict[str, Call], share: float = 0.0, compared: Callable[[Any], list[Tensor]] = list
+) -> Work:
+    """`share` of the operations of a training step."""
+    images, _, model = SIZES[settings.size]
+    known = share and not model and settings.device.type == "cuda"  # the largest product is measured in fp32 on a CPU
+    operations = share * GFLOP_PER_IMAGE * 1e9 * images if known else None
+    return Work(providers, TOLERANCE[settings.size], None, operations, compared, images)
+
+
+@contextmanager
+def _run(settings: Settings) -> Iterator[tuple[Run, Batch]]:
+    """A run before its first step, and a batch for it."""
+    images, (height, width), _ = SIZES[settings.size]
+    is_first = not torch.distributed.is_initialized()
+    with TemporaryDirectory() as folder:
+        with redirect_stdout(StringIO()):
+            run = Run(_config(settings, folder))
+        places = torch.arange(images, device=settings.device)
+        pixels = torch.randn(images, 3, height, width, device=settings.device)
+        try:
+            run.model.train()
+            run.optimizer.set_epoch(1)
+            yield run, Batch(pixels.to(memory_format=torch.channels_last), places // INSTANCES, places % 2, places)
+        finally:
+            for part in (run.loader, run.metrics, run.stop, run.lock):
+                if part is not None:
+                    part.close()
+            if is_first:
+                torch.distributed.destroy_process_group()
+
+
+def _copy(run: Run) -> FusionReID:
+    """The run's model with its weights of now, neither sharded nor compiled."""
+    model = build(run.cfg, run.split.num_persons, run.split.num_cameras).to(run.ranks.device)
+    model.load_state_dict({name: parallel.full_tensor(t) for name, t in run.model.state_dict().items()})
+    return model.train()
 
 
 def _config(settings: Settings, folder: str) -> Config:
     images, size, model = SIZES[settings.size]
-    rendered = {"PERSONS": images // INSTANCES, "TEST_PERSONS": 1, "CAMERAS": 2, "IMAGES": 2, "SIZE": (32, 16)}
+    rendered = {"PERSONS": images // INSTANCES, "TEST_PERSONS": 1, "CAMERAS": 2, "IMAGES": INSTANCES // 2}
     return Config.from_dict(
         {
             "MODEL": {**model, "PRETRAIN_CHOICE": "none", "DEVICE": settings.device.type},
@@ -154,4 +241,5 @@ def _flat(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _precision(settings: Settings) -> str:
-    return "bf16" if settings.device.type == "cuda" else "fp32"
+    """What training uses on the device."""
+    return "bf16" if settings.device.type == "cuda" or parallel.cpu_has_bf16() else "fp32"

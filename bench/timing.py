@@ -48,7 +48,7 @@ class Work:
     bytes_moved: float | None = None  # by an ideal implementation: every input read once, every output written once
     operations: float | None = None  # likewise, without recomputation
     compared: Callable[[Any], Sequence[Tensor]] = field(default=tuple)  # of what a call returns
-    items: int | None = None  # that a call delivers, images of an epoch: what is wanted is their number per second
+    items: int | None = None  # images that a call is for: what is wanted is their number per second
 
 
 @dataclass(frozen=True)

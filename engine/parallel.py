@@ -93,12 +93,12 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
     bf16 becomes fp32 on a CPU that would have to imitate it, which is slower and less exact.
     """
-    enabled = precision == "fp16" or (precision == "bf16" and (device.type != "cpu" or _cpu_has_bf16()))
+    enabled = precision == "fp16" or (precision == "bf16" and (device.type != "cpu" or cpu_has_bf16()))
     return torch.autocast(device.type, dtype=DTYPES[precision], enabled=enabled)
 
 
 @cache
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     """Instructions for it, not only software; says so once if not."""
     has = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if has and platform.machine().lower() in ("x86_64", "amd64"):  # there it means AVX-512 of any kind

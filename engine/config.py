@@ -45,6 +45,7 @@ class SolverConfig(Section):
     """Optimiser, schedule and rhythm of training."""
 
     OPTIMIZER_NAME: Literal["SGD", "AdamW", "Adam"] = "SGD"
+    OPTIMIZER_IMPL: Literal["torch", "apex"] = "torch"  # apex: NVIDIA's, to be built from its source, on a GPU
     MAX_EPOCHS: PositiveInt = 180
     IMS_PER_BATCH: PositiveInt = 128  # over all processes: persons x DATALOADER.NUM_INSTANCE
     BASE_LR: PositiveFloat = 0.005
@@ -158,6 +159,8 @@ class Config(Section):
         idle = {key: text for key, field in KEYS.items() for text in field.metadata if isinstance(text, str)}
         if self.SOLVER.PRECISION == "fp16" or self.SOLVER.ACCUMULATE > 1 or self.PARALLEL.CHECKPOINT:
             idle["PARALLEL.GRAPH"] = "with fp16, ACCUMULATE or CHECKPOINT a step is not the same launches every time"
+        if self.SOLVER.OPTIMIZER_IMPL == "apex":
+            idle["PARALLEL.GRAPH"] = "apex's kernels would keep the first learning rate"
         if self.MODEL.NO_MARGIN:
             idle["SOLVER.MARGIN"] = "MODEL.NO_MARGIN is yes"
         if not self.MODEL.IF_WITH_CENTER:

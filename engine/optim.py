@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine import apex_optim
 from engine.config import SolverConfig
 from engine.parallel import all_reduce_max, all_reduce_mean, local_shard, shards_of
 
@@ -40,11 +41,13 @@ def group_of(name: str, solver: SolverConfig) -> tuple[float, float]:
 class LossScaler(torch.amp.GradScaler):
     """The loss scaler of fp16: an overflow on one rank makes every rank skip the step."""
 
-    overflow: Tensor  # 0-d float32, 1 where the last gradient held an infinity
+    overflow: Tensor  # 0-d float32, 1 where the last gradient held an infinity or its step is forbidden
+    forbidden: Tensor  # likewise, given before a step
 
     def _unscale_grads_(self, *args: Any) -> dict[torch.device, Tensor]:
         per_device = super()._unscale_grads_(*args)
         (self.overflow,) = (all_reduce_max(found_inf) for found_inf in per_device.values())
+        self.overflow.copy_(torch.maximum(self.overflow, self.forbidden))
         return per_device
 
 
@@ -64,9 +67,11 @@ class Optimizer:
             groups.setdefault(group_of(name, solver), []).append(shard)
         self._parts = shards_of(next(iter(self.parameters.values())))
         self.rate = solver.BASE_LR  # of the weights
-        exact = torch.float32 if device.type == "cuda" else torch.float64  # what a fused step reads there
+        on_host = device.type == "cpu" or (solver.OPTIMIZER_IMPL, solver.OPTIMIZER_NAME) == ("apex", "SGD")
+        place = torch.device("cpu") if on_host else device
+        exact = torch.float64 if on_host else torch.float32  # what a fused step reads there
         self.torch = _make(
-            [{"params": shards, "lr": torch.tensor(rate, dtype=exact, device=device), "base": rate,
+            [{"params": shards, "lr": torch.tensor(rate, dtype=exact, device=place), "base": rate,
               "weight_decay": decay} for (rate, decay), shards in groups.items()], solver, device)  # fmt: skip
         if solver.OPTIMIZER_NAME == "SGD" and solver.MOMENTUM > 0:
             for shard in self.shards.values():  # torch leaves it uninitialised if the first step is skipped
@@ -90,13 +95,13 @@ class Optimizer:
         for name, p in self.parameters.items():
             self.shards[name].grad = None if p.grad is None else local_shard(p.grad)
         norm = self._norm_of_shards()
+        flag = self.scaler.forbidden = non_finite.to(torch.float32)
         if self.solver.MAX_GRAD_NORM > 0:
             self.scaler.unscale_(self.torch)
             nn.utils.clip_grad_norm_(self.parameters.values(), self.solver.MAX_GRAD_NORM)
-        flag = non_finite.to(torch.float32)
         if self.scaler.is_enabled():
             self.scaler.step(self.torch)
-            flag = torch.maximum(flag, self.scaler.overflow)
+            flag = self.scaler.overflow
             self.scaler.update()
         else:
             self.torch.grad_scale, self.torch.found_inf = None, flag
@@ -138,7 +143,8 @@ class Optimizer:
             name, what = entry.rsplit("/", 1)
             if name == "scaler":
                 continue
-            self.torch.state[self.shards[name]][what] = value
+            own = self.torch.state[self.shards[name]]
+            own[what] = own[what].copy_(value) if what in own else value
         if self.scaler.is_enabled() and "scaler/scale" in state:
             scaler = self.scaler.state_dict()
             scaler["scale"], scaler["_growth_tracker"] = (
@@ -147,6 +153,8 @@ class Optimizer:
 
 
 def _make(groups: Iterable[dict], solver: SolverConfig, device: torch.device) -> torch.optim.Optimizer:
+    if solver.OPTIMIZER_IMPL == "apex":
+        return apex_optim.make(groups, solver, device)
     if solver.OPTIMIZER_NAME == "SGD":
         return torch.optim.SGD(groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, fused=True)
     kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[solver.OPTIMIZER_NAME]

@@ -72,7 +72,10 @@ def start(device_type: str, *, required: bool = False) -> Ranks:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            store, rank, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            # A restarted run must not find the addresses of its dead predecessors, which torchrun's store keeps.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return Ranks(dist.get_rank(), world_size, device, init_device_mesh(device.type, (world_size,)))

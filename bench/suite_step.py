@@ -25,7 +25,7 @@ from bench.step_baselines import (
     published_optimizer,
     published_step,
 )
-from bench.suite_loader import GREY_LEVELS, PillowDataset, visible
+from bench.suite_loader import GREY_LEVELS, PillowDataset, last, visible
 from bench.timing import Case, Settings, Work
 from dataloading.loader import Batch
 from engine import parallel
@@ -171,15 +171,13 @@ def optimiser(settings: Settings) -> Iterator[Work]:
 def data(settings: Settings) -> Iterator[Work]:
     """Ours are resident by then, as in every epoch but the first; the others come from files, by one process."""
     with _run(settings) as (run, batch):
-        plan, size = run.loader.plan(1), SIZES[settings.size][1]
+        plan, size, places = run.loader.plan(1), SIZES[settings.size][1], range(len(batch.images))
         files = PillowDataset(run.split.train, plan, size)
         providers = {
-            "ours": lambda: [loaded.images for loaded in run.loader.batches(1)],
-            "Pillow and torchvision": lambda: [
-                default_collate([files[i] for i in range(len(batch.images))]).to(settings.device)
-            ],
+            "ours": lambda: last(loaded.images for loaded in run.loader.batches(1)),
+            "Pillow and torchvision": lambda: default_collate([files[i] for i in places]).to(settings.device),
         }
-        yield Work(providers, GREY_LEVELS, items=len(batch.images), compared=lambda images: visible(images, plan))
+        yield Work(providers, GREY_LEVELS, items=len(places), compared=lambda images: visible(images, plan.erase))
 
 
 def _work(

@@ -29,6 +29,7 @@ def trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder.mkdir()
     for name in ("wandb", "trackio"):
         (folder / f"{name}.py").write_text(STUB)
+        monkeypatch.delitem(sys.modules, name, raising=False)  # the real one, if another library has loaded it
     monkeypatch.syspath_prepend(folder)
     yield folder
     for name in ("wandb", "trackio"):

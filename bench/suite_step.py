@@ -34,7 +34,7 @@ from engine.config import Config
 from engine.loop import Run
 from engine.optim import Optimizer
 from engine.restore import build
-from engine.utilisation import GFLOP_PER_IMAGE
+from engine.watching.utilisation import GFLOP_PER_IMAGE
 from fusionreid import FusionReID
 from fusionreid.losses import reid_loss
 

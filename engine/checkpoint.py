@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.metrics import write_json
+from engine.storage import StorageError, write_json
 
 FORMAT = 1
 MANIFEST, STATE, BEST, TENSORS = "manifest.json", "state.json", "best.json", ".safetensors"
@@ -40,12 +40,6 @@ class CheckpointError(RuntimeError):
 
 class DamagedError(CheckpointError):
     """Bytes are missing or are not those that were written."""
-
-
-class StorageError(OSError):
-    """The disk did not take a checkpoint; the ones before it are untouched."""
-
-    exit_code = 4
 
 
 def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:

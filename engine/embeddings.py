@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from dataloading.records import Record, shown
-from engine.checkpoint import StorageError
-from engine.metrics import write_json
+from engine.storage import StorageError, write_json
 
 FORMAT = 1
 FEATURES, INDEX = "features.npy", "index.json"

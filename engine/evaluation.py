@@ -12,15 +12,15 @@ from dataloading import read_split
 from dataloading.bad_images import BadImages
 from dataloading.records import DataError, Record, Split
 from engine import embeddings, parallel
-from engine.baselines import colour_histogram
 from engine.config import Config
 from engine.door import make_output_folder
 from engine.features import NonFiniteError, check_finite, embed
-from engine.measures import Ids, expand_queries
 from engine.parallel import Ranks
 from engine.rerank import rerank_blocks
 from engine.restore import Trained, build, find_checkpoint, restore
-from engine.results import details, show, write_results
+from engine.results.baselines import colour_histogram
+from engine.results.measures import Ids, expand_queries
+from engine.results.table import details, show, write_results
 from engine.retrieval import Metric, Ranking, check_matches, rank, rank_blocks
 
 __all__ = ["Evaluation", "NonFiniteError", "check_cameras", "evaluate", "evaluate_checkpoint", "split_ids"]

@@ -15,20 +15,21 @@ from dataloading import read_split
 from dataloading.bad_images import BadImages
 from dataloading.loader import TrainLoader
 from dataloading.records import check_batch, scarce_persons
-from engine import checkpoint, manifest, memory, parallel
-from engine.boards import boards
-from engine.checkpoint import StorageError
+from engine import checkpoint, memory, parallel
 from engine.config import Config
 from engine.door import Stop, lock
 from engine.evaluation import Evaluation, NonFiniteError, check_cameras, evaluate, split_ids
-from engine.metrics import Metrics, write_json
 from engine.optim import Optimizer
 from engine.restore import build, load_model
 from engine.retrieval import check_matches
-from engine.startup import Startup
 from engine.step import TrainStep
-from engine.tracing import Trace
-from engine.utilisation import images_per_s_at_peak
+from engine.storage import StorageError, write_json
+from engine.watching import manifest
+from engine.watching.boards import boards
+from engine.watching.metrics import Metrics
+from engine.watching.startup import Startup
+from engine.watching.tracing import Trace
+from engine.watching.utilisation import images_per_s_at_peak
 from fusionreid.losses import CenterLoss
 from fusionreid.weights import load_pretrained
 

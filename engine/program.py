@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from engine.config import Config
 from engine.features import feature_vectors
-from engine.metrics import write_json
 from engine.restore import find_checkpoint, restore
+from engine.storage import write_json
 from fusionreid import FusionReID
 from kernels.augmentation import normalize
 

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rest = ["--config_file", os.devnull, *rest]  # embeddings alone need no model
 
     def search(cfg: Config) -> None:
-        from engine.metrics import write_json
+        from engine.storage import write_json
 
         query, gallery = (_load_or_embed(cfg, path) for path in (options.query, options.gallery))
         if query is None or gallery is None:

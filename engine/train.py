@@ -7,9 +7,9 @@ if __name__ == "__main__":  # a script's own folder must not hide modules, and i
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from engine import door
-from engine.boards import check_boards
 from engine.config import Config
-from engine.startup import Startup
+from engine.watching.boards import check_boards
+from engine.watching.startup import Startup
 from fusionreid.pretrained import check_weights
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from dataloading import Record, read_split
 from dataloading.config import DatasetsConfig, SyntheticConfig
-from engine.baselines import _lab, colour_histogram
+from engine.results.baselines import _lab, colour_histogram
 
 
 def saved(folder: Path, name: str, upper: tuple[int, int, int], lower: tuple[int, int, int]) -> Record:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.boards import MissingBoardError, boards, check_boards
 from engine.config import SolverConfig
-from engine.metrics import Metrics
+from engine.watching.boards import MissingBoardError, boards, check_boards
+from engine.watching.metrics import Metrics
 
 STUB = """
 import json, pathlib

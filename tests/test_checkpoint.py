@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine import checkpoint
-from engine.checkpoint import StorageError
+from engine.storage import StorageError
 
 
 def contents(step: int) -> tuple[dict, dict]:

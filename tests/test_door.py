@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from engine import door
-from engine.checkpoint import CheckpointError, DamagedError, StorageError
+from engine.checkpoint import CheckpointError, DamagedError
 from engine.door import OutputFolderError, Stop, lock
+from engine.storage import StorageError
 
 
 @pytest.fixture

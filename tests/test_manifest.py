@@ -10,10 +10,10 @@ import torch
 
 from dataloading import Split, read_split
 from dataloading.config import DatasetsConfig
-from engine import manifest
 from engine.config import Config
-from engine.manifest import commit, describe_data, record
 from engine.train import main as train
+from engine.watching import manifest
+from engine.watching.manifest import commit, describe_data, record
 from tests.runs import arguments
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.measures import (
+from engine.results.measures import (
     bootstrap,
     camera_pairs,
     distance_blocks,

@@ -17,9 +17,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine import metrics
-from engine.metrics import Metrics, write_json
-from engine.startup import Startup
+from engine.watching import metrics
+from engine.watching.metrics import Metrics
+from engine.watching.startup import Startup
 
 
 def lines(folder: Path) -> list[dict]:
@@ -153,7 +153,7 @@ def test_what_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
 
 def test_the_first_step_says_where_the_time_went_once(tmp_path: Path, monkeypatch, capsys) -> None:
     clock = [5.0]
-    monkeypatch.setattr("engine.startup.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("engine.watching.startup.perf_counter", lambda: clock[0])
     startup = Startup()
     for name, seconds in (("data set", 4.0), ("model", 3.1)):
         clock[0] += seconds
@@ -199,16 +199,3 @@ def test_row_40_plain_letters_and_a_narrow_terminal(tmp_path: Path, monkeypatch:
     bar, _, last_line = shown.rpartition("2 steps in ")
     assert "images/s" in last_line
     assert max(len(line) for part in bar.split("\r") for line in part.split("\n")) <= 20
-
-
-def test_json_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "best.json"
-    write_json(path, {"step": 1})
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            write_json(path, {"step": 2})
-    assert json.loads(path.read_text()) == {"step": 1}
-    write_json(path, {"step": 3})
-    assert json.loads(path.read_text()) == {"step": 3}
-    assert list(tmp_path.iterdir()) == [path]

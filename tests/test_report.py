@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageColor
 
 from dataloading import Record, Split
-from engine.report import (
+from engine.results.report import (
     FRAME,
     GAP,
     IGNORED,

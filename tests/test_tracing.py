@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.metrics import Metrics
-from engine.tracing import WARM_UP, Trace
+from engine.watching.metrics import Metrics
+from engine.watching.tracing import WARM_UP, Trace
 
 
 def run(folder: Path, steps: int, profiled: int, first: int = 1, enabled: bool = True) -> None:

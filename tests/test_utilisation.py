@@ -3,7 +3,7 @@
 import pytest
 
 from engine.config import Config
-from engine.utilisation import images_per_s_at_peak
+from engine.watching.utilisation import images_per_s_at_peak
 
 H200 = "NVIDIA H200"
 

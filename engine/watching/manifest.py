@@ -19,11 +19,11 @@ import torch
 from dataloading import Split
 from dataloading.records import PARTS
 from engine.config import Config
-from engine.metrics import write_json
+from engine.storage import write_json
 
 FILE = "manifest.json"
 PACKAGES = ("fusionreid", "torch", "torchvision", "triton", "timm", "numpy")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 START = ("started", "step")  # of one start; the rest is compared between starts
 SHOWN = 8  # differences in a line
 

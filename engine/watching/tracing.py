@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from engine.metrics import Metrics
+from engine.watching.metrics import Metrics
 
 WARM_UP = 10  # steps: by then all is compiled and recorded as a CUDA graph
 

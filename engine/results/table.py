@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dataloading.records import Split
 from engine.config import Config
-from engine.measures import (
+from engine.results.measures import (
     Ids,
     bootstrap,
     camera_pairs,
@@ -18,9 +18,9 @@ from engine.measures import (
     pool_queries,
     single_gallery_shot,
 )
-from engine.metrics import write_json
-from engine.report import System, rank_lists, write_html
+from engine.results.report import System, rank_lists, write_html
 from engine.retrieval import Ranking, rank, top_k
+from engine.storage import write_json
 
 FALSE_POSITIVE_RATES = 1e-4, 1e-3, 1e-2
 SHOWN_RANKS = 1, 5, 10

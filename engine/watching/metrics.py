@@ -5,7 +5,6 @@ Only `log` waits for the device. Nothing here ends a training: a full disk or a 
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,9 +14,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine import memory
-from engine.boards import Board, TensorBoard
-from engine.loglines import drop_after, points_of, to_host, with_nulls
-from engine.startup import Startup
+from engine.watching.boards import Board, TensorBoard
+from engine.watching.loglines import drop_after, points_of, to_host, with_nulls
+from engine.watching.startup import Startup
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,13 +179,3 @@ class Metrics:
             if what not in self._failed:
                 self._failed.add(what)
                 log.warning("%s: %s; training goes on, this is said once", what, error)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file at once: a reader sees the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -9,8 +9,8 @@ Zhong et al., arXiv:1708.04896. B of N images, H W pixels; the parameters come f
 
 import weakref
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from math import prod
 
 import numpy as np
@@ -57,7 +57,8 @@ def augment(
         _on_gpu(out, images, rows, flip, shift, erase, index, key, line)
     else:
         out = _room(shape, torch.promote_types(dtype, torch.float32))
-        _on_cpu(out, images.cpu(), rows, flip, shift, erase, index, key, line)
+        with _one_thread():
+            _on_cpu(out, images.cpu(), rows, flip, shift, erase, index, key, line)
         out = out.to(images.device, dtype)
     return out.permute(0, 3, 1, 2)
 
@@ -94,6 +95,17 @@ def _lent(memory: np.ndarray) -> Tensor:
     view = memory[:]  # held by the tensor's storage, and by nothing else
     weakref.finalize(view, SPARE.append, memory).atexit = False
     return torch.from_numpy(view)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch would cut up each image for all its threads, and wait for those whose core is busy decoding."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _on_gpu(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -176,7 +176,7 @@ def _beside(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     if device.type != "cuda":
         yield from batches
         return
-    stream = torch.cuda.Stream(device)
+    stream = _stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))  # what was made for all batches
     while True:
         with torch.cuda.stream(stream):
@@ -188,3 +188,9 @@ def _beside(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
         for tensor in vars(batch).values():
             tensor.record_stream(step)  # else the next batch could be written where this one is still read
         yield batch
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all epochs and evaluations: memory that was of a stream is given out to that stream alone."""
+    return torch.cuda.Stream(device)

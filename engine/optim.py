@@ -1,6 +1,7 @@
 """Parameter groups, optimiser and learning rate of the published recipe, applied to the local shards of a model."""
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -108,8 +109,8 @@ class Optimizer:
             self.torch.step()
         self.skipped.add_(1).mul_(flag)
         self._squares += torch.where(flag > 0, 0, torch.stack([norm.square(), torch.ones_like(norm)]))
-        for p in self.parameters.values():
-            p.grad = None
+        for p in (*self.parameters.values(), *self.shards.values()):
+            p.grad = None  # of both: else the next forward would run beside a gradient nobody reads
 
     @torch.no_grad()
     def take_gradient_norm(self) -> Tensor:
@@ -158,4 +159,5 @@ def _make(groups: Iterable[dict], solver: SolverConfig, device: torch.device) ->
     if solver.OPTIMIZER_NAME == "SGD":
         return torch.optim.SGD(groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, fused=True)
     kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[solver.OPTIMIZER_NAME]
+    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # a fused step is the same
     return kind(groups, lr=solver.BASE_LR, fused=True, capturable=device.type == "cuda")

@@ -76,6 +76,7 @@ def test_sharded_update_equals_plain_torch(ranks: parallel.Ranks, kind: str) -> 
         plain(x).square().mean().backward()
         theirs.step()
         theirs.zero_grad()
+        assert all(t.grad is None for t in (*model.parameters(), *ours.shards.values()))  # nor is their memory held
     for (name, a), b in zip(model.named_parameters(), plain.parameters()):
         torch.testing.assert_close(parallel.full_tensor(a), b.detach(), rtol=1e-6, atol=1e-7, msg=name)
     assert len(ours.torch.param_groups) == 1

@@ -53,9 +53,13 @@ def held() -> int:
 
 
 def explain(error: BaseException, cfg: Config, loaded: int, finished_steps: int) -> None:
-    """Raise `OutOfMemory` if the training ran out of memory, which held `loaded` bytes before its first step."""
-    if ran_out(error):
-        raise OutOfMemory(advice(error, cfg, loaded, finished_steps)) from error
+    """Raise `OutOfMemory` if the training ran out of memory, which held `loaded` bytes before its first step.
+
+    While a CUDA graph is recorded that error comes second: first comes the one about a record that was broken off.
+    """
+    for cause in (error, error.__context__):
+        if cause is not None and ran_out(cause):
+            raise OutOfMemory(advice(cause, cfg, loaded, finished_steps)) from error
 
 
 def advice(error: BaseException, cfg: Config | None, loaded: int = 0, finished_steps: int = 0) -> str:

@@ -118,6 +118,17 @@ def test_beside_a_gpu_the_host_has_remedies_of_its_own(monkeypatch, error: Excep
         assert "SOLVER.IMS_PER_BATCH 128: try 112, by an estimate" in text
 
 
+def test_a_record_that_is_broken_off_says_what_it_ran_out_of() -> None:
+    try:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        finally:
+            raise RuntimeError("CUDA error: capturing stream has unjoined work")
+    except RuntimeError as error:
+        with pytest.raises(memory.OutOfMemory, match=r"2\.00 GiB more were asked for; training with .* try 16, by"):
+            memory.explain(error, config(32, instances=4), 0, 0)
+
+
 def test_it_loads_without_torch() -> None:
     code = "import sys, engine.memory as m; m.peak(); m.held(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

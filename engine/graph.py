@@ -34,8 +34,6 @@ class Graphed:
             torch.cuda.current_stream().wait_stream(self.stream)
             return
         if self.calls == WARM_UP + 1:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()  # the record has a pool of its own
             # Threads that pin or decode meanwhile may allocate: they are not part of the record.
             with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.work(*self.inputs)

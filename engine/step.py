@@ -163,7 +163,10 @@ def frozen_statistics(model: FSDPModule) -> Iterator[None]:
 
 
 def fits_graph(cfg: Config, ranks: Ranks) -> bool:
-    """Whether a step is the same launches every time: a loss scaler, ranks, seeds and rates in it prevent that."""
+    """Whether a step is the same launches every time: a loss scaler, ranks, seeds and rates in it prevent that.
+
+    It begins and ends with sharded weights, so that gathering them, into the record's own memory, is part of a replay.
+    """
     plain = cfg.SOLVER.PRECISION != "fp16" and cfg.SOLVER.ACCUMULATE == 1 and not cfg.PARALLEL.CHECKPOINT
     plain &= cfg.SOLVER.OPTIMIZER_IMPL == "torch"
     return cfg.PARALLEL.GRAPH and ranks.device.type == "cuda" and ranks.world_size == 1 and plain

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
+if HAS_GPU:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else a deterministic product is an error there
+else:
     os.environ["TRITON_INTERPRET"] = "1"  # read once, when a kernel is first imported
 
 import pytest  # noqa: E402

@@ -1,6 +1,6 @@
 """The parts of a model alone, forward and backward, each on the activations that the whole model gives it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,38 +16,45 @@ SEED = 1111
 PARTS = ("CNN", "Transformer", "LRU", "HTM", "heads and losses")
 
 
+def prepare(
+    model: FusionReID, part: str, images: Tensor, batch: Batch, autocast: Callable[[bool], torch.autocast]
+) -> dict[bool, list[Tensor]]:
+    """What the whole model gives a part, exact or not."""
+    model.train()
+    draws = Draws(model, SEED, torch.arange(len(images), device=images.device))
+    draws.draw(torch.zeros((), dtype=torch.int64, device=images.device))
+    draws.show(slice(None))
+    given = {}
+    for exact in (False, True):
+        with autocast(exact):
+            inputs = _inputs(model, part, images, batch)
+        given[exact] = [x.detach().requires_grad_(x is not images) for x in inputs]
+    return given
+
+
 def forward_and_backward(
     model: FusionReID,
     part: str,
-    images: Tensor,
+    given: Mapping[bool, Sequence[Tensor]],
     batch: Batch,
     autocast: Callable[[bool], torch.autocast],
     loss: Callable[[Outputs, Tensor], LossParts],
 ) -> Callable[[bool], list[Tensor]]:
     """A call, exact or not: the outputs, then the gradients of the inputs, or of a weight in the first layers."""
-    model.train()
-    draws = Draws(model, SEED, torch.arange(len(images), device=images.device))
-    draws.draw(torch.zeros((), dtype=torch.int64, device=images.device))
-    draws.show(slice(None))
-    by_exactness = {}
-    for exact in (False, True):
-        with autocast(exact):
-            given = _inputs(model, part, images, batch)
-        by_exactness[exact] = [x.detach().requires_grad_(x is not images) for x in given]
     # A batch norm magnifies the rounding of channels that hardly vary: no gradient of the maps is compared.
     first = {"CNN": "cnn", "Transformer": "transformer", "LRU": "cnn_lru.ptconv"}.get(part)
     with torch.no_grad(), autocast(False):
         generator = torch.Generator().manual_seed(3)
-        shapes = [x.shape for x in _outputs(model, part, by_exactness[False], batch, loss)]
-        upstream = [torch.randn(shape, generator=generator).to(images.device) for shape in shapes]
+        shapes = [x.shape for x in _outputs(model, part, given[False], batch, loss)]
+        upstream = [torch.randn(shape, generator=generator).to(batch.images.device) for shape in shapes]
 
     def call(exact: bool) -> list[Tensor]:
-        inputs = by_exactness[exact]
+        inputs = given[exact]
         for tensor in (*inputs, *model.parameters()):
             tensor.grad = None
         with autocast(exact):
             outputs = _outputs(model, part, inputs, batch, loss)
-        torch.autograd.backward(outputs, [given.to(x.dtype) for given, x in zip(upstream, outputs)])
+        torch.autograd.backward(outputs, [y.to(x.dtype) for y, x in zip(upstream, outputs)])
         watched = inputs if first is None else [next(model.get_submodule(first).parameters())]
         return [*outputs, *(x.grad for x in watched if x.grad is not None)]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from bench.model_parts import PARTS, forward_and_backward
+from bench.model_parts import PARTS, forward_and_backward, prepare
 from bench.step_baselines import (
     as_published,
     plain_step,
@@ -117,16 +117,19 @@ def one_part(settings: Settings, part: str) -> Iterator[Work]:
     with _run(settings) as (run, batch):
         ours, theirs = _copy(run), as_published(_copy(run))
         compile_parts(ours, run.cfg.PARALLEL, settings.device)
-        device, images, precision = settings.device, batch.images.contiguous(), run.cfg.SOLVER.PRECISION
+        device, precision = settings.device, run.cfg.SOLVER.PRECISION
+
+        def ours_in(exact: bool) -> torch.autocast:
+            return parallel.autocast("fp32" if exact else precision, device)
+
+        theirs_in = partial(published_autocast, device)
+        given = prepare(ours, part, batch.images, batch, ours_in)
+        their_given = prepare(theirs, part, batch.images.contiguous(), batch, theirs_in)
+        their_given[True] = [x.detach().contiguous().clone().requires_grad_(x.requires_grad) for x in given[True]]
         steps = {
-            "ours": forward_and_backward(
-                ours, part, batch.images, batch,
-                lambda exact: parallel.autocast("fp32" if exact else precision, device), reid_loss,
-            ),
-            "as published": forward_and_backward(
-                theirs, part, images, batch, lambda exact: published_autocast(device, exact), published_loss
-            ),
-        }  # fmt: skip
+            "ours": forward_and_backward(ours, part, given, batch, ours_in, reid_loss),
+            "as published": forward_and_backward(theirs, part, their_given, batch, theirs_in, published_loss),
+        }
         yield _work(settings, first_in_fp32(settings, steps))
 
 

@@ -12,7 +12,7 @@ demo: .venv/installed  ## render a data set, train on it, evaluate beside two ba
 	$(BIN)/python engine/train.py --config_file configs/synthetic/tiny.yml
 	$(BIN)/python engine/evaluate.py --config_file configs/synthetic/tiny.yml --baselines
 
-test: .venv/installed  ## some five minutes on two cores without a GPU
+test: .venv/installed  ## some eight minutes on two cores without a GPU
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/installed

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
 from engine.watching import metrics
 from engine.watching.metrics import Metrics
@@ -78,7 +79,9 @@ def test_speed_waiting_and_pauses(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert capsys.readouterr().out.endswith("\n5 steps in 0:16:50, 32 images/s in training, peak 3.00 GiB\n")
 
 
-def test_a_resumed_run_reads_as_if_unbroken(tmp_path: Path) -> None:
+def test_a_resumed_run_reads_as_if_unbroken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Files of one second and process are read in the order of a counter's digits, where 10 comes before 9.
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(0))
     log = Metrics(tmp_path, total_steps=10)
     for step in (1, 2, 3):
         log.log(step, loss=float(step))

@@ -171,19 +171,17 @@ def _on_cpu(
     values = 3 * width
     # One constant per value of a row: the innermost loop then runs over 3 W values, not over 3.
     scale, offset = torch.tensor(line, dtype=out.dtype, device="cpu").view(2, 3).tile(1, width)
-    canvas = torch.empty(height, values, dtype=out.dtype, device="cpu")
-    pixels, sources, targets = canvas.numpy(), images.numpy(), out.flatten(2)
+    targets, sources, planes = out.flatten(2), images.numpy(), images.permute(0, 3, 1, 2)
     chosen = range(len(out)) if rows is None else rows.tolist()
     for target, row, mirrored, (dy, dx) in zip(targets, chosen, flip.tolist(), shift.tolist()):
-        image = sources[row]
-        if mirrored:  # in this layout torch has it vectorised
-            image = torch.from_numpy(image)[None].permute(0, 3, 1, 2).flip(3)[0].permute(1, 2, 0).numpy()
-        image = image.reshape(height, values)
+        # In planes torch has the mirror vectorised.
+        image = planes[row : row + 1].flip(3).permute(0, 2, 3, 1).numpy() if mirrored else sources[row]
+        image, pixels = image.reshape(height, values), target.numpy()
         top, bottom, left, right = max(0, -dy), height - max(0, dy), max(0, -3 * dx), values - max(0, 3 * dx)
         if top < bottom and left < right:
             pixels[top:bottom, left:right] = image[top + dy : bottom + dy, left + 3 * dx : right + 3 * dx]
         pixels[:top], pixels[max(0, bottom) :], pixels[:, :left], pixels[:, max(0, right) :] = 0, 0, 0, 0
-        torch.addcmul(offset, canvas, scale, out=target)
+        torch.addcmul(offset, target, scale, out=target)
     noise = Noise(key, out.dtype)
     for pixels, position, (top, left, rows_, cols) in zip(targets.numpy(), index.tolist(), erase.tolist()):
         if rows_ and cols:

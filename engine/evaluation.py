@@ -18,9 +18,10 @@ from engine.features import NonFiniteError, check_finite, embed
 from engine.parallel import Ranks
 from engine.rerank import rerank_blocks
 from engine.restore import Trained, build, find_checkpoint, restore
+from engine.results.attention import attention_maps
 from engine.results.baselines import colour_histogram
 from engine.results.measures import Ids, expand_queries
-from engine.results.table import details, show, write_results
+from engine.results.table import details, show, shown_queries, write_results
 from engine.retrieval import Metric, Ranking, check_matches, rank, rank_blocks
 
 __all__ = ["Evaluation", "NonFiniteError", "check_cameras", "evaluate", "evaluate_checkpoint", "split_ids"]
@@ -143,7 +144,9 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
     if ranks.main:
         more = details(features, len(split.query), ids) if cfg.TEST.DETAILS else {}
         write_results(Path(cfg.OUTPUT_DIR), rankings, {**source, **more})
-        show(cfg, split, features, ids, rankings)
+    maps = attention_maps(model, shown_queries(rankings["FusionReID"], split.query), cameras, cfg, ranks)
+    if ranks.main:
+        show(cfg, split, features, ids, rankings, maps)
     parallel.finish()
 
 

@@ -36,9 +36,9 @@ def embed(
 ) -> Tensor:
     """Test vectors (N, D) of all records in order, float32 on the CPU of every rank.
 
-    `cameras` are those that training saw; any other counts as unknown (-1). With a folder the vectors lie in its draft,
-    which the caller finishes, and no rank holds them all. All ranks take equally many images, the last one some twice,
-    because a sharded model computes in step.
+    `cameras` are those that training saw. With a folder the vectors lie in its draft, which the caller finishes, and no
+    rank holds them all. All ranks take equally many images, the last one some twice, because a sharded model computes
+    in step.
     """
     share = -(-len(records) // ranks.world_size)
     first = ranks.rank * share
@@ -48,7 +48,7 @@ def embed(
     rows, done = torch.empty(0), 0
     loader = TestLoader(mine, cfg.INPUT, cfg.DATALOADER, batch_size=cfg.TEST.IMS_PER_BATCH, device=ranks.device)
     for batch in loader:
-        seen = batch.cameras.where(torch.isin(batch.cameras, known), -1)
+        seen = known_only(batch.cameras, known)
         with parallel.autocast(cfg.SOLVER.PRECISION, ranks.device):
             feature = feature_vectors(model, batch.images, seen, test=cfg.TEST).cpu()
         if not done:
@@ -83,6 +83,11 @@ def feature_vectors(model: nn.Module, images: Tensor, cameras: Tensor | None, *,
     parts = [model(view, cameras).embedding(test.NECK_FEAT, test.FEAT).float() for view in views]
     vectors = parts[0] if len(parts) == 1 else (parts[0] + parts[1]) / 2
     return F.normalize(vectors) if test.FEAT_NORM else vectors
+
+
+def known_only(cameras: Tensor, known: Tensor) -> Tensor:
+    """The cameras that training saw; any other becomes -1."""
+    return cameras.where(torch.isin(cameras, known), -1)
 
 
 def _storage(count: int, share: int, width: int, ranks: Ranks, folder: Path | None) -> Tensor:

@@ -23,6 +23,7 @@ from engine.config import ParallelConfig
 from engine.exact import synchronise_norms
 
 T = TypeVar("T")
+Model = TypeVar("Model", bound=nn.Module)
 log = logging.getLogger(__name__)
 UNCOMPILED = ParallelConfig(COMPILE="off")
 TIMEOUT = timedelta(minutes=10)  # a rank that has not answered by then is dead
@@ -111,7 +112,7 @@ def cpu_has_bf16() -> bool:
     return has
 
 
-def shard(model: nn.Module, ranks: Ranks, cfg: ParallelConfig = UNCOMPILED) -> nn.Module:
+def shard(model: Model, ranks: Ranks, cfg: ParallelConfig = UNCOMPILED) -> Model:
     """What PARALLEL asks for, in the one order that works: batch norms, checkpointing, compile, FSDP2.
 
     FSDP2 is there at every world size. Parameters stay gathered between forward and backward: a model of this size

@@ -51,7 +51,8 @@ class ClassAttention(nn.Module):
         for linear in (self.q, self.k, self.v, self.proj):
             init_linear(linear)
 
-    def stream(self, cls: Tensor, tokens: Tensor) -> ClassStream:
+    def forward(self, cls: Tensor, tokens: Tensor) -> ClassStream:
+        """All but the attention itself, which serves both streams at once: a hook sees what it is made from."""
         query = self.q(cls).unflatten(-1, (HEADS, -1))  # (B, H, D)
         norm = self.norm
         return ClassStream(query, tokens, norm.weight, norm.bias, norm.eps, self.k.weight, self.v.weight)
@@ -68,7 +69,7 @@ class MFU(nn.Module):
         self.mlp = Mlp(width, 4 * width)
 
     def stream(self, cls: Tensor, tokens: Tensor) -> ClassStream:
-        return self.attn.stream(self.norm1(cls), tokens)
+        return self.attn(self.norm1(cls), tokens)
 
     def finish(self, cls: Tensor, context: Tensor) -> Tensor:
         cls = cls + self.attn.proj(context)

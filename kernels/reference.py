@@ -81,15 +81,19 @@ def dual_cross_attention(
     a: ClassStream, b: ClassStream | None = None, scale: float | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     def attend(stream: ClassStream) -> Tensor:
-        batch, heads, head_width = stream.query.shape
-        width = stream.tokens.shape[-1]
-        keys = F.layer_norm(stream.tokens, (width,), stream.norm_weight, stream.norm_bias, stream.norm_eps)
-        keys = F.linear(keys, stream.key_weight).unflatten(-1, (heads, head_width))  # (B, N, H, D)
-        values = F.linear(stream.tokens, stream.value_weight).unflatten(-1, (heads, head_width))
-        scores = (stream.query[:, None] * keys).sum(-1) * (head_width**-0.5 if scale is None else scale)  # (B, N, H)
-        return (scores.softmax(1)[..., None] * values).sum(1).reshape(batch, heads * head_width)
+        values = F.linear(stream.tokens, stream.value_weight).unflatten(-1, stream.query.shape[1:])  # (B, N, H, D)
+        return (class_attention_weights(stream, scale)[..., None] * values).sum(1).flatten(1)
 
     return attend(a) if b is None else (attend(a), attend(b))
+
+
+def class_attention_weights(stream: ClassStream, scale: float | None = None) -> Tensor:
+    """(B, N, H): how the class token spreads its attention over the tokens, which the op itself never holds."""
+    _, heads, head_width = stream.query.shape
+    keys = F.layer_norm(stream.tokens, stream.norm_weight.shape, stream.norm_weight, stream.norm_bias, stream.norm_eps)
+    keys = F.linear(keys, stream.key_weight).unflatten(-1, (heads, head_width))  # (B, N, H, D)
+    scores = (stream.query[:, None] * keys).sum(-1) * (head_width**-0.5 if scale is None else scale)
+    return scores.softmax(1)
 
 
 def dual_self_attention(

@@ -55,6 +55,8 @@ def test_two_processes_find_what_one_finds(data: Path, weights: Path, evaluated:
     one, two = (embeddings.load(folder / "embeddings") for folder in (evaluated, tmp_path))
     torch.testing.assert_close(one.features, two.features, rtol=0, atol=1e-6)  # products of other batch sizes
     assert one.records == two.records
+    with Image.open(evaluated / "attention.png") as alone, Image.open(tmp_path / "attention.png") as together:
+        np.testing.assert_allclose(np.asarray(alone), np.asarray(together), atol=2)
     assert results(tmp_path)["results"].keys() == {"FusionReID", "expanded queries", "re-ranked"}
     for name, expected in results(evaluated)["results"].items():
         assert results(tmp_path)["results"][name]["mAP"] == pytest.approx(expected["mAP"], abs=1e-3)

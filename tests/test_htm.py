@@ -40,7 +40,7 @@ def test_encoding_unit_equals_the_recorded_numbers() -> None:
 
 def test_class_attention_equals_the_recorded_numbers() -> None:
     unit = ClassAttention(96)
-    check_case("modules/attention_mix", unit, lambda cls, fea: unit.proj(dual_cross_attention(unit.stream(cls, fea))))
+    check_case("modules/attention_mix", unit, lambda cls, fea: unit.proj(dual_cross_attention(unit(cls, fea))))
 
 
 def test_fusion_unit_equals_the_recorded_numbers() -> None:

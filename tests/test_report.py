@@ -19,6 +19,7 @@ from engine.results.report import (
     MARGIN,
     RIGHT,
     WRONG,
+    Figure,
     System,
     choose_queries,
     cmc_svg,
@@ -108,10 +109,12 @@ def test_page_is_whole_escaped_and_self_contained(split: Split, tmp_path: Path) 
     ]
     picture = Image.new("RGB", (30, 20), "white")
     path = tmp_path / "report.html"
-    write_html(path, title="<title>", systems=systems, split=split, config="A: <x> & 'y'\n", picture=picture)
+    figures = [Figure("1 < 2", "a & b", picture)]
+    write_html(path, title="<title>", systems=systems, split=split, config="A: <x> & 'y'\n", figures=figures)
     text = path.read_text(encoding="utf-8")
     page = Page(text)
-    for shown in ("<b>ours</b>", "colour & co", "<title>", "A: <x> & 'y'\n", "81.2", "90.0", "95.0", "1,234", "n/a"):
+    texts = "<b>ours</b>", "colour & co", "<title>", "1 < 2", "a & b", "A: <x> & 'y'\n"
+    for shown in (*texts, "81.2", "90.0", "95.0", "1,234", "n/a"):
         assert shown in page.texts, shown
     assert any("<set & co>" in t for t in page.texts)
     assert "b" not in {tag for tag, _ in page.seen}

@@ -16,6 +16,7 @@ from dataloading.records import Record, Split, shown
 
 THUMBNAIL = (80, 160)  # width, height in pixels
 GAP, MARGIN, CAPTION, FRAME = 14, 24, 34, 4
+SHOWN_QUERIES = 6
 INK, FAINT, RIGHT, WRONG, IGNORED = "#1d2229", "#69707a", "#1a9850", "#d73027", "#9aa0a8"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind eyes too
 
@@ -45,6 +46,12 @@ class System(NamedTuple):
     valid_queries: int
 
 
+class Figure(NamedTuple):
+    title: str
+    text: str
+    image: Image.Image
+
+
 def choose_queries(average_precision: np.ndarray, rows: int) -> np.ndarray:
     """Up to `rows` queries, evenly spread from the best average precision to the worst; NaN (no match) is left out."""
     order = np.argsort(-average_precision, kind="stable")
@@ -54,7 +61,7 @@ def choose_queries(average_precision: np.ndarray, rows: int) -> np.ndarray:
 
 def rank_lists(
     query: Sequence[Record], gallery: Sequence[Record], neighbours: np.ndarray, similarity: np.ndarray,
-    average_precision: np.ndarray, *, rows: int = 6, top: int = 10,
+    average_precision: np.ndarray, *, rows: int = SHOWN_QUERIES, top: int = 10,
 ) -> Image.Image:  # fmt: skip
     """A row per chosen query: the query, then its nearest gallery images, framed green (right), red (wrong) or grey
     (same person and camera, not counted).
@@ -139,9 +146,9 @@ def write_html(
     systems: Sequence[System],
     split: Split,
     config: str,
-    picture: Image.Image | None = None,
+    figures: Sequence[Figure] = (),
 ) -> None:
-    """One file without scripts or links: results, CMC curves, rank lists, data set and configuration (YAML text)."""
+    """One file without scripts or links: results, CMC curves, figures, data set and configuration (YAML text)."""
     rows = [[system.mAP, system.mINP, *(_at_rank(system.cmc, k) for k in (1, 5, 10))] for system in systems]
     best = np.nanmax(rows, axis=0)
     results = "".join(
@@ -160,12 +167,11 @@ def write_html(
         _table("Results, %", ("", "mAP", "mINP", "Rank-1", "Rank-5", "Rank-10", "valid queries"), results),
         "<h2>Queries (%) with a match among the first k</h2>" + cmc_svg({s.name: s.cmc for s in systems}),
     ]
-    if picture is not None:
-        sections.append(
-            "<h2>Rank lists, from the best query to the worst</h2><p>Green: the same person. Red: another. Grey: the "
-            "same person in the query's own camera, not counted.</p>"
-            f'<img alt="rank lists" src="data:image/png;base64,{_png(picture)}">'
-        )
+    sections += [
+        f"<h2>{escape(title)}</h2><p>{escape(text)}</p>"
+        f'<img alt="{escape(title)}" src="data:image/png;base64,{_png(image)}">'
+        for title, text, image in figures
+    ]
     sections.append(_table("Data", ("", "images", "persons", "cameras"), counts))
     sections.append(f"<h2>Configuration</h2><pre>{escape(config)}</pre>")
     page = (

@@ -1,14 +1,16 @@
 """What an evaluation leaves: a table, metrics.json with intervals and details, and the report with rank lists."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dataloading.records import Split
+from dataloading.records import Record, Split
 from engine.config import Config
+from engine.results.attention import Maps, attention_sheet
 from engine.results.measures import (
     Ids,
     bootstrap,
@@ -18,12 +20,17 @@ from engine.results.measures import (
     pool_queries,
     single_gallery_shot,
 )
-from engine.results.report import System, rank_lists, write_html
+from engine.results.report import SHOWN_QUERIES, Figure, System, choose_queries, rank_lists, write_html
 from engine.retrieval import Ranking, rank, top_k
 from engine.storage import write_json
 
 FALSE_POSITIVE_RATES = 1e-4, 1e-3, 1e-2
 SHOWN_RANKS = 1, 5, 10
+RANK_LISTS = "Green: the same person. Red: another. Grey: the same person in the query's own camera, not counted."
+ATTENTION = (
+    "The same queries, lit where the class token of one branch attends among the patches of the other, in the last "
+    "fusion: what the CNN takes from the Transformer, and the Transformer from the CNN."
+)
 
 
 def write_results(output: Path, rankings: Mapping[str, Ranking], about: Mapping[str, Any]) -> None:
@@ -69,17 +76,35 @@ def details(features: Tensor, num_query: int, ids: Ids) -> dict[str, Any]:
     }
 
 
-def show(cfg: Config, split: Split, features: Tensor, ids: Ids, rankings: Mapping[str, Ranking]) -> None:
-    """Write ranks.png and report.html; the rank lists are those of the first ranking."""
+def shown_queries(ranking: Ranking, query: Sequence[Record]) -> list[Record]:
+    """Those in the pictures."""
+    return [query[i] for i in choose_queries(_precision(ranking), SHOWN_QUERIES)]
+
+
+def _precision(ranking: Ranking) -> np.ndarray:
+    """Average precision (Q,), NaN where a query has no match."""
+    matched = ranking.num_matches.numpy() > 0
+    precision = np.full(len(matched), np.nan)
+    precision[matched] = ranking.average_precisions
+    return precision
+
+
+def show(
+    cfg: Config, split: Split, features: Tensor, ids: Ids, rankings: Mapping[str, Ranking], maps: Maps | None
+) -> None:
+    """Write ranks.png, attention.png and report.html; the rank lists are those of the first ranking."""
     output, num_query = Path(cfg.OUTPUT_DIR), len(split.query)
     systems = [System(name, r.mAP, r.mINP, r.cmc.numpy(), r.num_valid) for name, r in rankings.items()]
     distances, neighbours = top_k(features[:num_query], features[num_query:], *ids, k=10, metric="euclidean")
     first = next(iter(rankings.values()))
-    precision = torch.full((num_query,), torch.nan, dtype=torch.float64)
-    precision[first.num_matches > 0] = first.average_precisions
     shown = 1 - distances / 2 if cfg.TEST.FEAT_NORM else distances.sqrt()  # the cosine at unit length, else a distance
-    picture = rank_lists(split.query, split.gallery, neighbours.numpy(), shown.numpy(), precision.numpy())
-    picture.save(output / "ranks.png")
-    page = {"title": "FusionReID", "systems": systems, "split": split, "config": cfg.dump(), "picture": picture}
-    write_html(output / "report.html", **page)
+    ranks = rank_lists(split.query, split.gallery, neighbours.numpy(), shown.numpy(), _precision(first))
+    figures = {"ranks.png": Figure("Rank lists, from the best query to the worst", RANK_LISTS, ranks)}
+    if maps is not None:
+        sheet = attention_sheet(shown_queries(first, split.query), maps)
+        figures["attention.png"] = Figure("What the branches look at in each other", ATTENTION, sheet)
+    for name, figure in figures.items():
+        figure.image.save(output / name)
+    page = {"title": "FusionReID", "systems": systems, "split": split, "config": cfg.dump()}
+    write_html(output / "report.html", **page, figures=list(figures.values()))
     print(f"rank lists and CMC curves: {output / 'report.html'}")

@@ -49,7 +49,7 @@ class DatasetsConfig(Section):
 class DataloaderConfig(Section):
     """How batches are put together."""
 
-    NUM_WORKERS: NonNegativeInt = 14  # decoding processes; 0: decode in the main process
+    NUM_WORKERS: Annotated[int, Field(ge=0, le=512)] = 14  # decoding processes; 0: decode in the main process
     NUM_INSTANCE: PositiveInt = 16  # images per person in a batch
     BACKEND: Literal["auto", "dali", "torchvision"] = "auto"  # what decodes; auto: DALI on a GPU, if it is installed
     CACHE: Literal["auto", "device", "host", "none"] = "auto"  # where training images stay; auto: where they fit

@@ -11,7 +11,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from time import monotonic
@@ -68,7 +68,7 @@ class Stop:
 
 
 class Output:
-    """Standard output that may go away, as under `| head`: what cannot be written is dropped, and that is said once."""
+    """An output that may go away, as under `| head`: what it does not take is dropped, and that is said once."""
 
     def __init__(self, stream: Any) -> None:
         self.stream, self.failed = stream, False
@@ -87,27 +87,19 @@ class Output:
             action()
         except (OSError, ValueError) as error:
             if not self.failed:
+                self.failed = True  # first: where this is standard error, the warning comes here too
                 log.warning("standard output cannot be written (%s): what follows is dropped", error)
-            self.failed = True
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
 
-def make_output_folder(output_dir: Path) -> None:
-    """The folder is there afterwards and can be written."""
+def lock(output_dir: Path) -> TextIO:
+    """Make and take the output folder until the returned file is closed or this process ends, however it ends."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(output_dir, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise OutputFolderError(f"OUTPUT_DIR {output_dir} cannot be written: {error}; set another one") from error
-
-
-def lock(output_dir: Path) -> TextIO:
-    """Take the output folder until the returned file is closed or this process ends, however it ends."""
-    make_output_folder(output_dir)
-    try:
         file = open(output_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  open as long as the run
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,7 +129,7 @@ def run(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # LANG=C has no letters for many names
-    output = Output(sys.stdout) if sys.stdout else None
+    output, errors = (Output(stream) if stream else None for stream in (sys.stdout, sys.stderr))
     options = _arguments(work, argv, flags or {})
     output_dir: Path | None = None
 
@@ -150,7 +142,7 @@ def run(
 
     previous = {number: signal.signal(number, end_at_once) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with redirect_stdout(output):
+        with redirect_stdout(output), redirect_stderr(errors):
             cfg = load_config(options.pop("config_file"), options.pop("overrides"))
             if options.pop("print_config"):
                 print(cfg.dump())

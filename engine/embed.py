@@ -27,9 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from engine import embeddings, parallel
         from engine.features import embed_images
 
-        found = embed_images(cfg, options.images, options.output)
+        output = options.output.resolve()
+        embeddings.check_place(output)
+        found = embed_images(cfg, options.images, output)
         if found is not None:
-            embeddings.finish(options.output, found.features, found.records, 0, found.source)
+            embeddings.finish(output, found.features, found.records, 0, found.source)
             print(f"{len(found.records)} images: {options.output}")
         parallel.finish()
 

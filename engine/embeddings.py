@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dataloading.records import Record, shown
+from engine.door import OutputFolderError
 from engine.storage import StorageError, write_json
 
 FORMAT = 1
@@ -37,6 +38,18 @@ class Embeddings:
     records: tuple[Record, ...]
     num_query: int  # the first rows; the others are the gallery
     source: Mapping[str, Any]  # checkpoint, data set and settings
+
+
+def check_place(folder: Path) -> None:
+    """OutputFolderError unless `finish` may put its folder there: it replaces embeddings, and nothing else."""
+    try:
+        others = {path.name for path in folder.iterdir()} - {FEATURES, INDEX} if folder.exists() else ()
+        if not others:
+            return
+        what = "exists and holds more than embeddings"
+    except OSError as error:
+        what = f"cannot become a folder of embeddings ({error.strerror})"
+    raise OutputFolderError(f"{shown(folder)} {what}, and would be replaced: name a folder that is not there yet")
 
 
 def draft(folder: Path, count: int, width: int, *, create: bool) -> Tensor:
@@ -89,6 +102,11 @@ def load(folder: Path) -> Embeddings:
         records = tuple(map(Record, index["paths"], index["persons"], index["cameras"]))
         if array.dtype != np.float32 or array.shape != (index["rows"], index["width"]) or len(records) != len(array):
             raise ValueError(f"{FEATURES} is {array.dtype} {array.shape}, {INDEX} speaks of {len(records)} rows")
+        numbers, texts = (index["queries"], *index["persons"], *index["cameras"]), index["paths"]
+        if {*map(type, numbers)} != {int} or {*map(type, texts)} != {str} or type(index["source"]) is not dict:
+            raise ValueError(f"{INDEX} has an entry of a wrong type")
+        if not 0 <= index["queries"] <= len(records):
+            raise ValueError(f"{INDEX} speaks of {index['queries']} queries in {len(records)} rows")
         return Embeddings(torch.from_numpy(array), records, index["queries"], index["source"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, EmbeddingsError):

@@ -5,6 +5,7 @@ OUTPUT_DIR/embeddings; `TEST.EMBEDDINGS FOLDER` ranks such a folder again, witho
 """
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 if __name__ == "__main__":  # a script's own folder must not hide modules, and its project need not be installed
@@ -19,12 +20,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(cfg: Config, *, baselines: bool = False) -> None:
-    from engine.evaluation import evaluate_checkpoint, evaluate_stored
+    with door.lock(Path(cfg.OUTPUT_DIR)) if door.RANK == 0 else nullcontext():
+        from engine.evaluation import evaluate_checkpoint, evaluate_stored
 
-    if cfg.TEST.EMBEDDINGS:
-        evaluate_stored(cfg)
-    else:
-        evaluate_checkpoint(cfg, baselines=baselines)
+        if cfg.TEST.EMBEDDINGS:
+            evaluate_stored(cfg)
+        else:
+            evaluate_checkpoint(cfg, baselines=baselines)
 
 
 if __name__ == "__main__":

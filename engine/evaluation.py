@@ -13,7 +13,6 @@ from dataloading.bad_images import BadImages
 from dataloading.records import DataError, Record, Split
 from engine import embeddings, parallel
 from engine.config import Config
-from engine.door import make_output_folder
 from engine.features import NonFiniteError, check_finite, embed
 from engine.parallel import Ranks
 from engine.rerank import rerank_blocks
@@ -118,16 +117,16 @@ def record_ids(records: Sequence[Record], num_query: int) -> Ids:
 
 def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
     """Evaluate a trained model on the data set of the configuration: table, metrics.json and report in OUTPUT_DIR."""
-    make_output_folder(Path(cfg.OUTPUT_DIR))
+    folder = Path(cfg.OUTPUT_DIR) / "embeddings"
+    embeddings.check_place(folder)
     ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
+    path = find_checkpoint(cfg)
+    trained = restore(path, cfg)
     bad = BadImages(cfg.DATASETS.ON_BAD, Path(cfg.OUTPUT_DIR), ranks.main)
     split = ranks.first(lambda: bad.check(read_split(cfg.DATASETS), ("query", "gallery")))
     ids, records = split_ids(split), (*split.query, *split.gallery)
     check_matches(*ids)
-    path = find_checkpoint(cfg)
-    trained = restore(path, cfg)
     cameras = known_cameras(trained, split, cfg)
-    folder = Path(cfg.OUTPUT_DIR) / "embeddings"
     model = parallel.shard(trained.model.to(ranks.device), ranks)
     features = embed(model, records, cameras, cfg, ranks, folder)
     source = {"data": split.name, "note": split.note, "checkpoint": str(path), "TEST": cfg.TEST.model_dump(mode="json")}
@@ -152,7 +151,6 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
 
 def evaluate_stored(cfg: Config) -> None:
     """Rank the embeddings in TEST.EMBEDDINGS again: table and metrics.json in OUTPUT_DIR; no model, no images."""
-    make_output_folder(Path(cfg.OUTPUT_DIR))
     ranks = parallel.start("cpu")
     stored = embeddings.load(Path(cfg.TEST.EMBEDDINGS))
     ids = record_ids(stored.records, stored.num_query)

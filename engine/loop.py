@@ -20,7 +20,7 @@ from engine.config import Config
 from engine.door import Stop, lock
 from engine.evaluation import Evaluation, NonFiniteError, check_cameras, evaluate, split_ids
 from engine.optim import Optimizer
-from engine.restore import build, load_model
+from engine.restore import build, config_of, load_model
 from engine.retrieval import check_matches
 from engine.step import TrainStep
 from engine.storage import StorageError, write_json
@@ -66,11 +66,6 @@ class Run:
         self.model = parallel.shard(model.to(ranks.device), ranks, cfg.PARALLEL)
         self.optimizer = Optimizer(self.model, cfg.SOLVER, ranks.device)
         startup.lap("model")
-        self.loader = TrainLoader(
-            self.split, cfg.INPUT, cfg.DATALOADER, batch_size=cfg.SOLVER.IMS_PER_BATCH, seed=cfg.SOLVER.SEED,
-            rank=ranks.rank, world_size=ranks.world_size, device=ranks.device, bad_images=self.bad)  # fmt: skip
-        self.say(self.loader.note)
-        startup.lap("images")
         self.center_loss = None
         if cfg.MODEL.IF_WITH_CENTER:
             self.center_loss = CenterLoss(self.split.num_persons, model.heads[0].classifier.in_features)
@@ -78,13 +73,19 @@ class Run:
         self.train_step = TrainStep(self.model, self.optimizer, cfg, ranks, self.center_loss)
         self.epoch, self.step_in_epoch, self.step = 1, 0, 0
         self.failed_saves, self.last_save = 0, time.monotonic()
-        self.stop = Stop()
         self.resume()
+        startup.lap("resuming")
+        self.loader = TrainLoader(  # after all that may be refused: it may have every image to decode
+            self.split, cfg.INPUT, cfg.DATALOADER, batch_size=cfg.SOLVER.IMS_PER_BATCH, seed=cfg.SOLVER.SEED,
+            rank=ranks.rank, world_size=ranks.world_size, device=ranks.device, bad_images=self.bad)  # fmt: skip
+        self.say(self.loader.note)
+        startup.lap("images")
+        self.stop = Stop()
         total = self.loader.steps(1) * cfg.SOLVER.MAX_EPOCHS  # about: epochs differ by a few steps
         self.metrics = self.open_metrics(total, startup)
         self.trace = Trace(self.output, cfg.SOLVER.PROFILE, self.metrics)
         self.loaded = memory.held()
-        startup.lap("resuming and logs")
+        startup.lap("logs")
 
     def train(self) -> Evaluation:
         """Train to the last epoch and return the last evaluation."""
@@ -127,7 +128,7 @@ class Run:
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         with self.metrics.paused():
             if save_is_due:  # before the evaluation, which may fail
-                self.save()
+                self.save(last=self.epoch > solver.MAX_EPOCHS)
             return self.evaluate() if evaluation_is_due else None
 
     def train_epoch(self) -> None:
@@ -161,14 +162,14 @@ class Run:
     def leave(self) -> None:
         """Every rank saves this very step and ends as its signal asks."""
         with self.metrics.paused():
-            self.save()
+            self.save(last=True)
         parallel.finish()
         raise SystemExit(128 + (self.stop.flag or signal.SIGTERM))
 
     def report_non_finite(self, what: str) -> None:
         """Every rank comes here in the same step, before anything was updated or saved."""
-        first = self.step - self.step_in_epoch  # of this epoch
-        step, size = max(int(self.train_step.bad_step) - first, 0), self.cfg.SOLVER.IMS_PER_BATCH
+        first, bad = self.step - self.step_in_epoch, int(self.train_step.bad_step)  # first of this epoch
+        step, size = (bad if bad >= 0 else self.step - 1) - first, self.cfg.SOLVER.IMS_PER_BATCH
         path = self.output / "non_finite.json"
         if self.ranks.main:
             batch = self.loader.plan(self.epoch).image[step * size : (step + 1) * size]
@@ -198,7 +199,7 @@ class Run:
         if self.ranks.main:
             folder, score = self.output / "checkpoints", result.ranking.mAP
             best = checkpoint.best(folder)
-            if best is None or score > best.score:
+            if not self.failed_saves and (best is None or score > best.score):
                 checkpoint.mark_best(folder, self.step, score)
         return result
 
@@ -207,8 +208,8 @@ class Run:
         late = time.monotonic() - self.last_save > SAVE_SECONDS
         return bool(parallel.all_reduce_max(torch.tensor(float(late and self.ranks.main), device=self.ranks.device)))
 
-    def save(self) -> None:
-        """Write a checkpoint of this very step; all ranks take part, rank 0 writes."""
+    def save(self, *, last: bool) -> None:
+        """Write a checkpoint of this very step; all ranks take part, rank 0 writes. After the last one the run ends."""
         parallel.equalise_statistics(self.model)
         shards = self.optimizer.parameters
         tensors = {
@@ -222,10 +223,10 @@ class Run:
             tensors["average"] = self.train_step.average.state()
         self.last_save = time.monotonic()
         if self.ranks.main:
-            self.write(tensors)
+            self.write(tensors, last)
         torch.distributed.barrier()
 
-    def write(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+    def write(self, tensors: dict[str, dict[str, Tensor]], last: bool) -> None:
         folder = self.output / "checkpoints"
         state = {
             "epoch": self.epoch, "step_in_epoch": self.step_in_epoch,
@@ -239,7 +240,7 @@ class Run:
             self.metrics.event(f"step {self.step}: saved {path}")
         except StorageError as error:
             self.failed_saves += 1
-            if self.failed_saves >= FAILED_SAVES or not checkpoint.checkpoints(folder):
+            if last or self.failed_saves >= FAILED_SAVES or not checkpoint.checkpoints(folder):
                 raise
             log.warning("%s; training goes on from memory", error)
 
@@ -248,11 +249,12 @@ class Run:
         folder = self.output / "checkpoints"
         if self.ranks.main:
             checkpoint.clean(folder)
+            checkpoint.best(folder)  # a damaged mark is told now, and not by the first save
         path = checkpoint.latest(folder)
         if path is None:
             return
         tensors, state = checkpoint.load(path)
-        checkpoint.compare("the configuration", what_decides(self.cfg), what_decides(Config.from_dict(state["config"])))
+        checkpoint.compare("the configuration", what_decides(self.cfg), what_decides(config_of(state, path)))
         load_model(self.model, tensors["model"])
         shards = self.optimizer.parameters
         self.optimizer.load({entry: parallel.shard_like(t, shards.get(entry.rsplit("/", 1)[0], t))

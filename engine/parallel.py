@@ -26,6 +26,7 @@ T = TypeVar("T")
 Model = TypeVar("Model", bound=nn.Module)
 log = logging.getLogger(__name__)
 UNCOMPILED = ParallelConfig(COMPILE="off")
+LAUNCHED = "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"  # beside WORLD_SIZE, what torchrun tells a process
 TIMEOUT = timedelta(minutes=10)  # a rank that has not answered by then is dead
 
 
@@ -66,10 +67,15 @@ def start(device_type: str, *, required: bool = False) -> Ranks:
             raise DeviceError("MODEL.DEVICE is cuda and torch finds no GPU: check the driver, or set MODEL.DEVICE cpu")
         log.warning("torch finds no GPU: computing on the CPU")
         device_type = "cpu"
+    if device_type == "cuda" and local_rank >= (count := torch.cuda.device_count()):
+        raise DeviceError(f"torch finds {count} GPUs here, for process {local_rank + 1} there is none: "
+                          f"start torchrun with --nproc-per-node {count}")  # fmt: skip
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # shapes are few and stay
+    if "WORLD_SIZE" in os.environ and (missing := [name for name in LAUNCHED if name not in os.environ]):
+        raise DeviceError(f"WORLD_SIZE is set and {', '.join(missing)} not: start with torchrun, or unset WORLD_SIZE")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "WORLD_SIZE" in os.environ:

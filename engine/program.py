@@ -65,6 +65,8 @@ def export_model(cfg: Config, output: Path) -> None:
         raise ExportError(f"--output must end in {' or '.join(FORMATS)}, got {output}")
     if not (folder := output.absolute().parent).is_dir():
         raise ExportError(f"--output {output}: there is no folder {folder}")
+    if output.is_dir() or not os.access(folder, os.W_OK):
+        raise ExportError(f"--output {output} is a folder or in one that cannot be written: name another file")
     write, read = FORMATS[output.suffix]
     checkpoint = find_checkpoint(cfg)
     trained = restore(checkpoint, cfg)

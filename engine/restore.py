@@ -4,13 +4,13 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from engine import checkpoint, parallel
 from engine.checkpoint import CheckpointError
-from engine.config import Config
+from engine.config import Config, ConfigError
 from fusionreid import FusionReID, build_model
 from fusionreid.formats import read_state
 from fusionreid.weights import WeightsError, load_published
@@ -39,6 +39,15 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         parallel.local_shard(tensor).copy_(parallel.shard_like(tensors[name], tensor))
 
 
+def config_of(state: Mapping[str, Any], path: Path) -> Config:
+    """The configuration that a checkpoint was trained with."""
+    try:
+        return Config.from_dict(state["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{path} is of another version, whose configuration this one does not know: use that "
+                              f"version\n{error}") from error  # fmt: skip
+
+
 def find_checkpoint(cfg: Config) -> Path:
     """TEST.WEIGHT, or the best or newest checkpoint of the run in OUTPUT_DIR."""
     if cfg.TEST.WEIGHT:
@@ -61,7 +70,7 @@ def restore(path: Path, cfg: Config) -> Trained:
     """The trained model, from a checkpoint folder or a file of the published code."""
     if path.is_dir():
         tensors, state = checkpoint.load(path)
-        _warn_of_differences(cfg, Config.from_dict(state["config"]))
+        _warn_of_differences(cfg, config_of(state, path))
         model = build(cfg, state["classes"], max(state["cameras"]) + 1)
         load_model(model, tensors["model"] | tensors.get("average", {}))  # of the weights, if one was kept
         return Trained(model, tuple(state["cameras"]), state["config"]["DATASETS"]["NAMES"])

@@ -7,6 +7,7 @@ same person.
 """
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,9 @@ from engine.config import Config
 
 if TYPE_CHECKING:
     from engine.embeddings import Embeddings
+
+VECTOR = "FEAT", "NECK_FEAT", "FEAT_NORM", "FLIP"  # what of TEST decides a vector
+log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,9 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     def search(cfg: Config) -> None:
         from engine.storage import write_json
 
+        _check(options)
         query, gallery = (_load_or_embed(cfg, path) for path in (options.query, options.gallery))
         if query is None or gallery is None:
             return  # the main rank has them
+        _warn_of_two_models(query, gallery)
         found = nearest(query, gallery, options.top, options.at_least)
         for line in found:
             print(line["query"])
@@ -64,8 +70,6 @@ def nearest(query: "Embeddings", gallery: "Embeddings", count: int, at_least: fl
         raise EmbeddingsError(
             f"the query has features {widths[0]} wide, the gallery {widths[1]}: they are of two models"
         )
-    if count < 1:
-        raise DataError(f"--top must be 1 or more, got {count}")
     near = nearest_neighbours(query.features, gallery.features, min(count, len(gallery.records)), normalize=True)
     return [
         {"query": record.path, "matches": [
@@ -73,6 +77,25 @@ def nearest(query: "Embeddings", gallery: "Embeddings", count: int, at_least: fl
              "cosine": 1 - distance / 2} for i, distance in zip(indices, distances) if 1 - distance / 2 >= at_least]}
         for record, indices, distances in zip(query.records, near.indices.tolist(), near.distances.tolist())
     ]  # fmt: skip
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.top < 1:
+        raise DataError(f"--top must be 1 or more, got {options.top}")
+    if not -1 <= options.at_least <= 1:
+        raise DataError(f"--at-least must be a cosine, from -1 to 1, got {options.at_least}")
+    if options.json and (options.json.is_dir() or not os.access(options.json.absolute().parent, os.W_OK)):
+        raise DataError(f"--json {options.json} cannot be written: name a file in a folder that is there")
+
+
+def _warn_of_two_models(query: "Embeddings", gallery: "Embeddings") -> None:
+    models = [(e.source.get("checkpoint"), *(e.source.get("TEST", {}).get(key) for key in VECTOR))
+              for e in (query, gallery)]  # fmt: skip
+    if models[0] != models[1]:
+        names = "checkpoint", *(f"TEST.{key}" for key in VECTOR)
+        differences = [f"{name} {a} and {b}" for name, a, b in zip(names, *models) if a != b]
+        log.warning("query and gallery were embedded differently, their cosines mean little: %s",
+                    ", ".join(differences))  # fmt: skip
 
 
 def _load_or_embed(cfg: Config, path: Path) -> "Embeddings | None":

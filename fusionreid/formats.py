@@ -50,7 +50,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments that DeiT and DINO save
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+            SafetensorError) as error:  # fmt: skip  # what is no pickle is read as some
         raise WeightsError(
             f"{path}: must hold tensors only, saved by torch.save or safetensors; reading it says: {error}"
         ) from error

@@ -88,6 +88,7 @@ def test_a_value_may_stand_twice_in_a_dict() -> None:
         ("SOLVER.IMS_PER_BATCH=16", "SOLVER.IMS_PER_BATCH", "2 or more persons with DATALOADER.NUM_INSTANCE (16)"),
         ("INPUT.SIZE_TRAIN=(384,128)", "INPUT.SIZE_TEST", "INPUT.SIZE_TRAIN (384, 128)"),
         ("MODEL.RES_USE=no TEST.FEAT=2", "TEST.FEAT", "0 or 1"),
+        ("DATALOADER.NUM_WORKERS=100000", "DATALOADER.NUM_WORKERS", "<= 512"),
         ("DATALOADER.NUM_INSTANCE=24 SOLVER.IMS_PER_BATCH=many", "SOLVER.IMS_PER_BATCH", "a whole number"),
     ],
 )

@@ -196,3 +196,12 @@ def test_row_40_stdout_without_a_reader(argv, shell: str, unbuffered: str) -> No
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("standard output cannot be written") == len(done.stderr.splitlines()) == SHELLS[shell]
     assert exit_json(argv)["code"] == 0
+
+
+@pytest.mark.parametrize("shell", ['"$@" 2>&-', '"$@" 2>&1 >/dev/null | true; exit ${PIPESTATUS[0]}'])
+def test_row_40_stderr_without_a_reader(argv, shell: str) -> None:
+    body = PROGRAM.replace("BODY", "import logging; logging.warning('dropped'); print('so is this', file=sys.stderr)")
+    command = ["bash", "-c", shell, "bash", sys.executable, "-c", body, "SOLVER.MARGIN", "0.5", *argv]  # worth a note
+    done = subprocess.run(command, cwd=Path(door.__file__).parents[1], stdout=subprocess.DEVNULL, check=False)
+    assert done.returncode == 0
+    assert exit_json(argv)["code"] == 0

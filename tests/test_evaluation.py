@@ -1,6 +1,8 @@
 """Evaluation, embedding and search through their doors: files, ranking again, two processes, other data, bad input."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import Image
 from dataloading import read_split
 from engine import checkpoint, embeddings
 from engine.config import load_config
+from engine.door import lock
 from engine.embed import main as embed
 from engine.evaluate import main as evaluate
 from engine.restore import build
@@ -116,6 +119,16 @@ def test_a_checkpoint_of_another_data_set_has_no_cameras(
     assert evaluate(arguments(data, tmp_path, **other, TEST__SIE_UNKNOWN="mean")) == 0
 
 
+def test_a_checkpoint_with_keys_of_another_version_is_named(
+    data: Path, weights: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tensors, state = checkpoint.load(weights)
+    state["config"]["SOLVER"]["LATER"] = 1
+    path = checkpoint.save(tmp_path, 1, tensors, state)
+    assert evaluate(arguments(data, tmp_path, TEST__WEIGHT=path)) == 3
+    assert re.search(r"step-00000001 is of another version.*use that version\n.*SOLVER.LATER", capfd.readouterr().err)
+
+
 def test_bad_embeddings_are_named(
     data: Path, evaluated: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +156,19 @@ def test_bad_embeddings_are_named(
     assert "holds no images" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"queries": -3}, {"queries": "8"}, {"queries": 999}, {"source": None}, {"persons": ["1"]}, {"paths": [1]}],
+)
+def test_an_index_that_was_edited_is_not_followed(evaluated: Path, tmp_path: Path, wrong: dict) -> None:
+    shutil.copytree(evaluated / "embeddings", tmp_path / "edited")
+    index = json.loads((tmp_path / "edited/index.json").read_text())
+    wrong = {key: value * index["rows"] if isinstance(value, list) else value for key, value in wrong.items()}
+    (tmp_path / "edited/index.json").write_text(json.dumps({**index, **wrong}))
+    with pytest.raises(embeddings.EmbeddingsError, match="holds no whole embeddings"):
+        embeddings.load(tmp_path / "edited")
+
+
 def test_embeddings_are_replaced_whole(evaluated: Path, tmp_path: Path) -> None:
     whole, folder = embeddings.load(evaluated / "embeddings"), tmp_path / "kept"
     for factor in (1, 2):
@@ -153,3 +179,32 @@ def test_embeddings_are_replaced_whole(evaluated: Path, tmp_path: Path) -> None:
         embeddings.finish(folder, rows, whole.records, whole.num_query, whole.source)
     assert torch.equal(embeddings.load(folder).features, 2 * whole.features)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_nothing_but_embeddings_is_replaced(
+    data: Path, weights: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], what: str
+) -> None:
+    """Least of all the images themselves."""
+    images, precious = tmp_path / "images", tmp_path / ("images" if what == "folder" else "note.txt")
+    images.mkdir()
+    Image.new("RGB", (16, 32)).save(images / "a.png")
+    (tmp_path / "note.txt").write_text("kept")
+    argv = arguments(data, tmp_path, TEST__WEIGHT=weights)
+    assert embed(["--images", str(images), "--output", str(precious), *argv]) == 2
+    assert "name a folder that is not there yet" in capfd.readouterr().err
+    assert [path.name for path in images.iterdir()] == ["a.png"]
+    assert (tmp_path / "note.txt").read_text() == "kept"
+    for _ in range(2):  # its own may be replaced
+        assert embed(["--images", str(images), "--output", str(tmp_path / "own"), *argv]) == 0
+
+
+def test_one_command_at_a_time_writes_into_an_output_folder(
+    data: Path, weights: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two evaluations would write the rows of one file, and a training's exit.json is its own."""
+    with lock(tmp_path):
+        assert evaluate(arguments(data, tmp_path, TEST__WEIGHT=weights)) == 2
+        assert "is in use by process" in capfd.readouterr().err
+        assert not (tmp_path / "exit.json").exists()
+    assert evaluate(arguments(data, tmp_path, TEST__WEIGHT=weights)) == 0

@@ -66,6 +66,13 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("content", ["#!/bin/bash\n", "r() { local s; }\n", "q\n", "", "(1", "SOLVER:\n  A: 1\n"])
+def test_a_text_is_no_weight_file(tmp_path: Path, content: str) -> None:
+    (tmp_path / "weights.pth").write_text(content)
+    with pytest.raises(WeightsError, match="must hold tensors only"):
+        read_state(tmp_path / "weights.pth")
+
+
 @pytest.mark.parametrize("source", ["", "_5x5"])
 @pytest.mark.parametrize("grid", [(21, 10), (16, 8), (24, 8), (31, 10), (14, 14), (7, 3)])
 def test_positions_are_resized_as_recorded(source: str, grid: tuple[int, int]) -> None:

@@ -202,3 +202,10 @@ def test_row_40_plain_letters_and_a_narrow_terminal(tmp_path: Path, monkeypatch:
     bar, _, last_line = shown.rpartition("2 steps in ")
     assert "images/s" in last_line
     assert max(len(line) for part in bar.split("\r") for line in part.split("\n")) <= 20
+
+
+def test_row_40_a_run_without_end_is_logged(tmp_path: Path) -> None:
+    log = Metrics(tmp_path, total_steps=10**18, boards={})
+    time.sleep(0.001)
+    log.log(1, loss=1.0)
+    assert [line["step"] for line in lines(tmp_path)] == [1]

@@ -73,12 +73,14 @@ def test_a_program_that_computes_something_else_is_not_written(
 @pytest.mark.parametrize(("output", "missing", "text"), [
     ("model.pth", (), "--output must end in .onnx or .pt2"),
     ("nowhere/model.pt2", (), "there is no folder"),
+    ("folder.pt2", (), "is a folder"),
     ("model.onnx", ("onnxscript",), "pip install 'fusionreid[export]'"),
 ])  # fmt: skip
 def test_what_cannot_be_written_is_said(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     output: str, missing: tuple[str, ...], text: str,
 ) -> None:  # fmt: skip
+    (tmp_path / "folder.pt2").mkdir()
     monkeypatch.setattr(program, "find_spec", lambda name: None if name in missing else True)
     argv = arguments(tmp_path, tmp_path / "log", TEST__WEIGHT=weights)
     assert export(["--output", str(tmp_path / output), *argv]) == 2

@@ -15,7 +15,6 @@ from dataloading import Record, Split
 from engine.results.report import (
     FRAME,
     GAP,
-    IGNORED,
     MARGIN,
     RIGHT,
     WRONG,
@@ -51,18 +50,18 @@ def test_queries_spread_from_best_to_worst() -> None:
     assert choose_queries(np.array([NAN]), 3).tolist() == []
 
 
-def test_frames_tell_right_wrong_and_ignored(split: Split) -> None:
-    neighbours = np.array([[0, 1, 2], [3, 2, 0]])
+def test_frames_tell_right_and_wrong_and_a_short_ranking_ends(split: Split) -> None:
+    neighbours = np.array([[1, 2, -1], [3, 2, 0]])
     sheet = rank_lists(
         split.query, split.gallery, neighbours, np.full((2, 3), 0.5), np.array([0.9, 0.3]), rows=2, top=3
     )
     assert sheet.size == (2 * MARGIN + 4 * 94 + GAP, 2 * MARGIN + 2 * 208 + GAP)
-    for row, frames in enumerate([(IGNORED, RIGHT, WRONG), (WRONG, RIGHT, WRONG)]):
+    for row, frames in enumerate([(RIGHT, WRONG, "white"), (WRONG, RIGHT, WRONG)]):
         for column, frame in enumerate(frames):
             corner = MARGIN + GAP + (column + 1) * 94 + 40, MARGIN + GAP + row * 208 - FRAME + 1
             assert sheet.getpixel(corner) == ImageColor.getrgb(frame), (row, column)
     inside = sheet.getpixel((MARGIN + GAP + 94 + 40, MARGIN + GAP + 80))
-    assert inside == (0, 90, 120), "the first neighbour of the best query is gallery image 0"
+    assert inside == (40, 90, 120), "the first neighbour of the best query is gallery image 1"
 
 
 def test_cmc_curves_run_through_their_values() -> None:

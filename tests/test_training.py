@@ -160,10 +160,14 @@ def test_one_camera_cannot_be_evaluated_and_says_so_at_once(tmp_path: Path, capf
 
 
 def test_a_run_with_another_configuration_is_not_continued(
-    root: Path, unbroken: Path, capfd: pytest.CaptureFixture[str]
+    root: Path, unbroken: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(arguments(root, unbroken, SOLVER__BASE_LR="1e-3")) == 3
-    assert "SOLVER.BASE_LR" in capfd.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.loop.TrainLoader", None)  # which may have every image to decode first
+        assert train(arguments(root, unbroken, SOLVER__BASE_LR="1e-3")) == 3
+        assert "SOLVER.BASE_LR" in capfd.readouterr().err
+        assert train(arguments(root, tmp_path, SOLVER__ACCUMULATE=5)) == 2
+        assert "SOLVER.ACCUMULATE must divide" in capfd.readouterr().err
 
 
 def test_an_unseen_camera_is_an_error_or_the_mean(

@@ -15,7 +15,7 @@ def test_what_a_run_says_about_itself(tmp_path: Path, capsys: pytest.CaptureFixt
     assert train(arguments(tmp_path, tmp_path / "out", **keys)) == 0
     out = capsys.readouterr().out
     seconds = r"\d+\.\d s"
-    laps = ", ".join(f"{seconds} {name}" for name in ("imports", "data set", "model", "images", "resuming and logs"))
+    laps = ", ".join(f"{seconds} {name}" for name in ("imports", "data set", "model", "resuming", "images", "logs"))
     assert len(re.findall(rf"^first step after {seconds}: {laps}, {seconds} step$", out, re.MULTILINE)) == 1
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     for line in lines:

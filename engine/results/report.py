@@ -17,7 +17,7 @@ from dataloading.records import Record, Split, shown
 THUMBNAIL = (80, 160)  # width, height in pixels
 GAP, MARGIN, CAPTION, FRAME = 14, 24, 34, 4
 SHOWN_QUERIES = 6
-INK, FAINT, RIGHT, WRONG, IGNORED = "#1d2229", "#69707a", "#1a9850", "#d73027", "#9aa0a8"
+INK, FAINT, RIGHT, WRONG = "#1d2229", "#69707a", "#1a9850", "#d73027"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind eyes too
 
 STYLE = """
@@ -63,11 +63,10 @@ def rank_lists(
     query: Sequence[Record], gallery: Sequence[Record], neighbours: np.ndarray, similarity: np.ndarray,
     average_precision: np.ndarray, *, rows: int = SHOWN_QUERIES, top: int = 10,
 ) -> Image.Image:  # fmt: skip
-    """A row per chosen query: the query, then its nearest gallery images, framed green (right), red (wrong) or grey
-    (same person and camera, not counted).
+    """A row per chosen query: the query, then its nearest gallery images, framed green (right) or red (wrong).
 
-    neighbours and similarity are (Q, K), nearest first, indices into gallery; average_precision is (Q,) with NaN where
-    a query has no match.
+    neighbours and similarity are (Q, K), nearest first, indices into gallery and -1 past the end of the ranking;
+    average_precision is (Q,) with NaN where a query has no match.
     """
     chosen, top = choose_queries(average_precision, rows), min(top, neighbours.shape[1])
     width, height = THUMBNAIL[0] + GAP, THUMBNAIL[1] + CAPTION + GAP
@@ -88,9 +87,9 @@ def rank_lists(
         y = MARGIN + GAP + row * height
         place(query[i], MARGIN, y, INK, f"AP {100 * average_precision[i]:.1f} %")
         for column, (j, value) in enumerate(zip(neighbours[i, :top], similarity[i, :top])):
-            same_person, same_camera = gallery[j].person == query[i].person, gallery[j].camera == query[i].camera
-            frame = WRONG if not same_person else IGNORED if same_camera else RIGHT
-            place(gallery[j], MARGIN + GAP + (column + 1) * width, y, frame, f"{value:.3f}")
+            if j >= 0:
+                frame = RIGHT if gallery[j].person == query[i].person else WRONG
+                place(gallery[j], MARGIN + GAP + (column + 1) * width, y, frame, f"{value:.3f}")
     return sheet
 
 

@@ -26,7 +26,7 @@ from engine.storage import write_json
 
 FALSE_POSITIVE_RATES = 1e-4, 1e-3, 1e-2
 SHOWN_RANKS = 1, 5, 10
-RANK_LISTS = "Green: the same person. Red: another. Grey: the same person in the query's own camera, not counted."
+RANK_LISTS = "Green: the same person. Red: another. The same person in the query's own camera is left out."
 ATTENTION = (
     "The same queries, lit where the class token of one branch attends among the patches of the other, in the last "
     "fusion: what the CNN takes from the Transformer, and the Transformer from the CNN."

@@ -130,7 +130,8 @@ class Metrics:
         for name, board in self._boards.items():
             with self._forgiving(name):
                 board.draw(step, points)
-        self._show(step, values, now - self._start)
+        with self._forgiving("console"):
+            self._show(step, values, now - self._start)
         return values
 
     def event(self, text: str) -> None:

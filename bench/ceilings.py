@@ -25,7 +25,7 @@ class Ceilings:
 def measure_ceilings(settings: Settings) -> Ceilings:
     """The best of some rounds: a copy of far more than the caches hold, and a square product in `settings.dtype`."""
     gpu, quick = settings.device.type == "cuda", settings.size == "quick"
-    count, side = (2**20, 128) if quick else (2**29, 8192) if gpu else (2**27, 1024)
+    count, side = (2**20, 128) if quick else (2**29, 8192) if gpu else (2**27, 2048)
     source = torch.ones(count, dtype=torch.uint8, device=settings.device)
     target = torch.empty_like(source)
     a, b = (torch.randn(side, side, dtype=settings.dtype, device=settings.device) for _ in range(2))

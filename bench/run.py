@@ -71,8 +71,9 @@ BUILD_LEGEND = (
 LEGEND = (
     "speed: against the fastest alternative. GB/s and GFLOP/s: bytes and operations of an ideal implementation over "
     "the measured time. Of limit: the time in which this machine copies those bytes or does those operations in one "
-    "large product, whichever is longer, over the measured time. Warm ms: with a warm L2, on a GPU only. Peak GiB: "
-    "memory beyond the inputs, on a CPU by the resident set. Items: images; cores: kept busy, workers included."
+    "large product, of bf16 on a GPU and fp32 on a CPU, whichever is longer, over the measured time. Warm ms: with a "
+    "warm L2, of CUDA graphs only. Peak GiB: memory beyond the inputs, on a CPU by the resident set. Items: images; "
+    "cores: kept busy, workers included."
 )
 
 
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None, results: Path = RESULTS) -> int:
     parser.add_argument("--suite", choices=(*SUITES, "all"))
     parser.add_argument("--record", action="store_true", help="append the numbers to bench/results")
     parser.add_argument("--report", action="store_true", help="show all recorded numbers as a markdown table")
-    parser.add_argument("--compile", action="store_true", help="also time torch.compile of the plain alternative")
+    parser.add_argument("--compile", action="store_true", help="on a CPU too, also time compiled plain alternatives")
     parser.add_argument("--cpu", action="store_true", help="time the CPU paths although there is a GPU")
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--full", dest="size", action="store_const", const="full", help="real sizes: for a GPU")
@@ -90,28 +91,32 @@ def main(argv: Sequence[str] | None = None, results: Path = RESULTS) -> int:
     if not args.suite and not args.report:
         parser.error("one of --suite and --report is needed")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
-    settings = Settings(args.size or ("full" if device.type == "cuda" else "default"), device, args.compile)
+    gpu = device.type == "cuda"
+    settings = Settings(args.size or ("full" if gpu else "default"), device, args.compile or gpu)
     suites = SUITES if args.suite == "all" else tuple(filter(None, [args.suite]))
     ceilings = measure_ceilings(settings) if suites else Ceilings(0, 0)
+    failed = False
     for suite in suites:
-        try:
-            rows = run_suite(suite, settings, ceilings)
-        except WrongResultError as error:
+        rows, errors = run_suite(suite, settings, ceilings)
+        for error in errors:
+            failed = True
             print(f"{suite}: {error}", file=sys.stderr)
-            return 1
+        if not rows:
+            continue
         print(f"\n{suite} on {rows[0]['device']}, {rows[0]['threads']} threads\n{table(rows, COLUMNS)}", flush=True)
         if args.record:
             record(rows, results)
-        if device.type == "cpu" and args.size != "quick" and (built := builds(suite)):
+        if not gpu and args.size != "quick" and (built := builds(suite)):
             print(f"\n{table(built, BUILD_COLUMNS)}\n\n{BUILD_LEGEND}", flush=True)
     if args.suite:
         print(f"\n{LEGEND}")
     if args.report:
         print(report(results))
-    return 0
+    return int(failed)
 
 
-def run_suite(suite: str, settings: Settings, ceilings: Ceilings) -> list[Row]:
+def run_suite(suite: str, settings: Settings, ceilings: Ceilings) -> tuple[list[Row], list[Exception]]:
+    """What was measured; and why a case was not, which does not keep the others from it."""
     module = import_module(f"bench.suite_{suite}")
     cases: list[Case] = module.cases(settings)
     stamp = {
@@ -121,12 +126,17 @@ def run_suite(suite: str, settings: Settings, ceilings: Ceilings) -> list[Row]:
         "digest": digest(suite),
         **vars(ceilings),
     }
-    rows = []
+    rows: list[Row] = []
+    errors: list[Exception] = []
     for case in cases:
-        work, measured = measure(case, settings, SECONDS_PER_CASE)
+        try:
+            work, measured = measure(case, settings, SECONDS_PER_CASE)
+        except (WrongResultError, torch.OutOfMemoryError) as error:
+            errors.append(error)
+            continue
         limit_ms = ceilings.limit_ms(work.bytes_moved, work.operations)
         rows += _rows(stamp | {"limit_ms": limit_ms}, case, work, measured)
-    return rows
+    return rows, errors
 
 
 def _rows(stamp: Row, case: Case, work: Work, measured: Sequence[Measurement]) -> list[Row]:
@@ -166,15 +176,18 @@ def machine(device: torch.device) -> Row:
 
 def digest(suite: str) -> str:
     """Of the sources under test and of the suite, where their alternatives are written."""
-    patterns = (*import_module(f"bench.suite_{suite}").SOURCES, f"bench/suite_{suite}.py", "bench/timing.py")
     content = blake2b(digest_size=8)
-    for pattern in patterns:
+    for pattern in patterns(suite):
         files = sorted(ROOT.glob(pattern))
         if not files:
             raise FileNotFoundError(f"suite {suite}: its sources {pattern} are no files under {ROOT}")
         for file in files:
             content.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes() + b"\0")
     return content.hexdigest()
+
+
+def patterns(suite: str) -> tuple[str, ...]:
+    return (*import_module(f"bench.suite_{suite}").SOURCES, f"bench/suite_{suite}.py", "bench/timing.py")
 
 
 def record(rows: Sequence[Row], results: Path) -> None:

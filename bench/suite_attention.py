@@ -103,6 +103,9 @@ def self_attention(settings: Settings, lengths: Sequence[int], backward: bool) -
         functions["plain, compiled"] = torch.compile(functions["plain, as published"])
         functions["FlexAttention, compiled"] = torch.compile(lambda *qkv: tuple(map(flex, qkv)))
     operations = sum(4 * images * heads * width * n**2 for n in lengths)
+    operations = (
+        operations * 5 // 2 if backward else operations
+    )  # five products: the scores once more, and two for each
     yield _work(settings, functions, inputs, inputs, operations, backward)
 
 
@@ -127,6 +130,7 @@ def class_attention(settings: Settings, lengths: Sequence[int], backward: bool) 
     if settings.compile:
         functions["LayerNorm, K and V, SDPA, compiled"] = torch.compile(functions["LayerNorm, K and V, SDPA"])
     operations = sum(4 * images * inner * (heads * n + inner) for n in lengths)  # weights on the class token's side
+    operations *= 2 if backward else 1
     yield _work(settings, functions, streams, inputs, operations, backward)
 
 
@@ -197,4 +201,4 @@ def _work(
     results = {name: function(*arguments) for name, function in functions.items()}
     providers = {name: partial(torch.autograd.grad, out, inputs, upstream, retain_graph=True)
                  for name, out in results.items()}  # fmt: skip
-    return Work(providers, TOLERANCE[settings.dtype], 2 * (read + written), 2.5 * operations)
+    return Work(providers, TOLERANCE[settings.dtype], 2 * (read + written), operations)

@@ -19,6 +19,7 @@ from bench.evaluators import (
     BLOCK,
     MAX_RANK,
     by_place_in_python,
+    in_tf32,
     product_alone,
     published,
     reranked_as_published,
@@ -35,6 +36,7 @@ NEAREST = 10
 K1, K2, WEIGHT = 50, 15, 0.3  # of the published evaluator
 ROUNDING = 5e-3  # ours is exact; in float32 some neighbours change places, and a point of the CMC moves by 1 / Q
 HALF_PRECISION = 5e-2  # the published re-ranking rounds its weights and sums to it
+HOST_PAIRS = 10**8  # of more, an evaluation on the host takes minutes
 SIZES: dict[str, list[tuple[int, int, int, int, int]]] = {  # queries, gallery, width, persons, cameras
     "quick": [(30, 200, 16, 10, 3)],
     "default": [(384, 4096, 5888, 128, 6)],
@@ -112,16 +114,16 @@ def made_up(
 @contextmanager
 def evaluation(settings: Settings, *sizes: int) -> Iterator[Work]:
     features, ids = made_up(settings, *sizes)
-    measures: dict[str, Measures] = {
-        "ours": ours,
-        "argsort in torch, blocks": sorted_blocks,
-        "argsort in numpy, as published": published,
-        "and precision in Python, as torchreid": partial(published, precision=by_place_in_python),
-    }
+    measures: dict[str, Measures] = {"ours": ours, "argsort in torch, blocks": sorted_blocks}
+    if settings.device.type == "cuda":
+        measures["argsort in torch, blocks, TF32"] = in_tf32(sorted_blocks)
+    if sizes[0] * sizes[1] <= HOST_PAIRS:
+        measures["argsort in numpy, as published"] = published
+        measures["and precision in Python, as torchreid"] = partial(published, precision=by_place_in_python)
     providers = {name: partial(function, *features, *ids) for name, function in measures.items()}
     moved = sum(x.nbytes for x in features)
     operations = 2 * sizes[0] * sizes[1] * sizes[2]
-    yield Work(providers, ROUNDING, moved, operations, lambda result: (result[:2], result[2:]))
+    yield Work(providers, ROUNDING, moved, operations, lambda result: (result[:2], result[2:]), on_host=True)
 
 
 @contextmanager
@@ -134,7 +136,8 @@ def beside_product(settings: Settings, *sizes: int) -> Iterator[Work]:
         "ours, features of pure noise": lambda: ours(*noise, *ids),
         "fp32 product alone": lambda: product_alone(*features),
     }
-    yield Work(providers, 0, sum(x.nbytes for x in features), 2 * sizes[0] * sizes[1] * sizes[2], lambda _: [])
+    moved = sum(x.nbytes for x in features)
+    yield Work(providers, 0, moved, 2 * sizes[0] * sizes[1] * sizes[2], lambda _: [], on_host=True)
 
 
 @contextmanager
@@ -147,7 +150,7 @@ def reranking_beside(settings: Settings, *sizes: int) -> Iterator[Work]:
         "ours": lambda: deque(rerank_blocks(images, len(query), K1, K2, WEIGHT, metric="euclidean"), 0),
         "fp32 product alone": lambda: product_alone(half, images),
     }
-    yield Work(providers, 0, images.nbytes, len(images) ** 2 * sizes[2], lambda _: [])
+    yield Work(providers, 0, images.nbytes, len(images) ** 2 * sizes[2], lambda _: [], on_host=True)
 
 
 @contextmanager
@@ -165,7 +168,8 @@ def mean_precision(settings: Settings, *sizes: int) -> Iterator[Work]:
         return result[None].cpu()
 
     providers = {"ours": lambda: ours(*features, *ids)[:1], "torchmetrics": torchmetrics}
-    yield Work(providers, ROUNDING, operations=2 * sizes[0] * sizes[1] * sizes[2], compared=lambda result: [result])
+    operations = 2 * sizes[0] * sizes[1] * sizes[2]
+    yield Work(providers, ROUNDING, operations=operations, compared=lambda result: [result], on_host=True)
 
 
 @contextmanager
@@ -179,17 +183,16 @@ def neighbours(settings: Settings, *sizes: int) -> Iterator[Work]:
         return torch.cat([values for values, _ in blocks]) + query.square().sum(1, keepdim=True)
 
     def faiss() -> Tensor:
-        index = import_module("faiss").IndexFlatL2(gallery.shape[1])
-        index.add(gallery.cpu().numpy())
-        return torch.from_numpy(index.search(query.cpu().numpy(), NEAREST)[0])
+        return torch.from_numpy(import_module("faiss").knn(query.cpu().numpy(), gallery.cpu().numpy(), NEAREST)[0])
 
     providers: dict[str, Callable[[], Tensor]] = {
         "ours": lambda: nearest_neighbours(query, gallery, NEAREST).distances, "topk in torch, blocks": topk,
     }  # fmt: skip
-    if find_spec("faiss"):
-        providers["faiss, flat, on the CPU"] = faiss
+    if find_spec("faiss") and len(query) * len(gallery) <= HOST_PAIRS:
+        providers["faiss, on the CPU"] = faiss
     moved = query.nbytes + gallery.nbytes
-    yield Work(providers, 1e-5, moved, 2 * sizes[0] * sizes[1] * sizes[2], lambda result: [result.cpu()])
+    operations = 2 * sizes[0] * sizes[1] * sizes[2]
+    yield Work(providers, 1e-5, moved, operations, lambda result: [result.cpu()], on_host=True)
 
 
 @contextmanager
@@ -199,7 +202,7 @@ def reranking(settings: Settings, *sizes: int) -> Iterator[Work]:
         "ours": lambda: k_reciprocal(query, gallery, K1, K2, WEIGHT, metric="euclidean").cpu(),
         "numpy, as published": lambda: reranked_as_published(query.cpu(), gallery.cpu(), K1, K2, WEIGHT),
     }
-    yield Work(providers, HALF_PRECISION, compared=lambda result: [result])
+    yield Work(providers, HALF_PRECISION, compared=lambda result: [result], on_host=True)
 
 
 def ours(*arguments: Tensor) -> Tensor:

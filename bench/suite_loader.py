@@ -1,4 +1,4 @@
-"""Training images: augmentation of one batch, and a whole epoch, against Pillow and torchvision.
+"""Training images: augmentation of one batch, and a whole epoch, against torchvision on Pillow images and on tensors.
 
 An epoch is timed from files, by every decoder that is installed, and from images resident in memory once their file is
 there: as every epoch but the very first.
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import functional as T
 
 from bench.builds import Launch
@@ -104,36 +105,59 @@ def epoch(settings: Settings, loading: DataloaderConfig) -> Iterator[Work]:
     with _train_loader(settings, loading) as (train, records):
         plan, size = train.plan(EPOCH), SIZES[settings.size][3]
         batches = np.arange(len(plan.image)).reshape(-1, train.batch_size).tolist()
-        usual = DataLoader(
-            PillowDataset(records, plan, size),
-            batch_sampler=batches,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=settings.device.type == "cuda",
-            multiprocessing_context=fork_server() if workers else None,
-        )
+        usual = {
+            name: DataLoader(
+                FilesDataset(records, plan, size, read),
+                batch_sampler=batches,
+                num_workers=workers,
+                persistent_workers=workers > 0,
+                pin_memory=settings.device.type == "cuda",
+                multiprocessing_context=fork_server() if workers else None,
+            )
+            for name, read in {"Pillow and torchvision": by_pillow, "torchvision on tensors": by_torchvision}.items()
+        }
         providers: dict[str, Callable[[], Tensor]] = {
             "ours": lambda: last(batch.images for batch in train.batches(EPOCH)),
-            "Pillow and torchvision": lambda: last(images.to(settings.device, non_blocking=True) for images in usual),
+            **{name: partial(delivered, loader, settings.device) for name, loader in usual.items()},
         }
         erase = plan.erase[-train.batch_size :]
         try:
-            yield Work(providers, GREY_LEVELS, items=len(plan.image), compared=lambda images: visible(images, erase))
+            compared = partial(visible, erase=erase)
+            yield Work(providers, GREY_LEVELS, items=len(plan.image), compared=compared, on_host=True)
         finally:
-            if workers and usual._iterator is not None:
-                usual._iterator._shutdown_workers()
+            for loader in usual.values():
+                if loader._iterator is not None:
+                    loader._iterator._shutdown_workers()
 
 
-class PillowDataset(Dataset[Tensor]):
+class FilesDataset(Dataset[Tensor]):
     """The usual transforms, image by image in the workers, with the plan's parameters in place of fresh draws."""
 
-    def __init__(self, records: Sequence[Record], plan: EpochPlan, size: tuple[int, int]) -> None:
-        self.records, self.plan, self.size = records, plan, size
+    def __init__(
+        self,
+        records: Sequence[Record],
+        plan: EpochPlan,
+        size: tuple[int, int],
+        read: Callable[[str], Image.Image | Tensor],
+    ) -> None:
+        self.records, self.plan, self.size, self.read = records, plan, size, read
 
     def __getitem__(self, position: int) -> Tensor:
-        with Image.open(self.records[self.plan.image[position]].path) as file:
-            image = file.convert("RGB")
+        image = self.read(str(self.records[self.plan.image[position]].path))
         return transformed(T.resize(image, list(self.size), T.InterpolationMode.BICUBIC), self.plan, position)
+
+
+def by_pillow(path: str) -> Image.Image:
+    with Image.open(path) as file:
+        return file.convert("RGB")
+
+
+def by_torchvision(path: str) -> Tensor:
+    return decode_image(path, ImageReadMode.RGB)
+
+
+def delivered(loader: DataLoader, device: torch.device) -> Tensor:
+    return last(images.to(device, non_blocking=True) for images in loader)
 
 
 def transformed(image: Image.Image | Tensor, plan: EpochPlan, position: int) -> Tensor:

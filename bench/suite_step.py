@@ -25,7 +25,7 @@ from bench.step_baselines import (
     published_optimizer,
     published_step,
 )
-from bench.suite_loader import GREY_LEVELS, PillowDataset, last, visible
+from bench.suite_loader import GREY_LEVELS, FilesDataset, by_pillow, last, visible
 from bench.timing import Case, Settings, Work
 from dataloading.loader import Batch
 from engine import parallel
@@ -38,8 +38,10 @@ from engine.watching.utilisation import GFLOP_PER_IMAGE
 from fusionreid import FusionReID
 from fusionreid.losses import reid_loss
 
-SOURCES = ("kernels/*.py", "fusionreid/**/*.py", "engine/step.py", "engine/optim.py", "engine/compiling.py",
-           "engine/parallel.py", "bench/step_baselines.py", "bench/model_parts.py")  # fmt: skip
+SOURCES = ("kernels/*.py", "fusionreid/**/*.py", "dataloading/*.py", "engine/step.py", "engine/optim.py",
+           "engine/graph.py", "engine/compiling.py", "engine/parallel.py", "bench/step_baselines.py",
+           "bench/model_parts.py", "bench/suite_attention.py", "bench/suite_triplet.py",
+           "bench/suite_loader.py")  # fmt: skip
 INSTANCES = 4
 TEST_MODEL = {"RES_NAME": "test_resnet", "TRANSFORMER_TYPE": "test_vit", "STRIDE_SIZE": (16, 16), "HTM_LAYER": 1}
 SIZES: dict[str, tuple[int, tuple[int, int], dict[str, Any]]] = {  # images, their height and width, the MODEL section
@@ -85,13 +87,15 @@ def training_step(settings: Settings) -> Iterator[Work]:
         steps: dict[str, Step] = {
             "ours": ours,
             "as published": published_step(as_published(_copy(run)), batch, run.cfg.SOLVER),
+            "plain": plain_step(_copy(run), batch, run.cfg.SOLVER),
         }
         if settings.compile:
-            steps["plain, compiled"] = plain_step(_copy(run), batch, run.cfg.SOLVER)
+            steps["plain, compiled"] = plain_step(_copy(run), batch, run.cfg.SOLVER, torch.compile)
         start = _flat(parallel.local_shard(p.detach()) for p in run.model.parameters())
-        yield _work(
+        work = _work(
             settings, first_in_fp32(settings, steps), 1.0, lambda result: [result[0], _flat(result[1:]) - start]
         )
+        yield replace(work, on_host=True)
 
 
 @contextmanager
@@ -109,7 +113,8 @@ def embedding(settings: Settings) -> Iterator[Work]:
         def own() -> list[Tensor]:
             return [ours(batch.images, batch.cameras).embedding()]
 
-        yield replace(_work(settings, {"ours": own, "as published": published}, 1 / 3), tolerance=MIXED_TOLERANCE)
+        work = _work(settings, {"ours": own, "as published": published}, 1 / 3)
+        yield replace(work, tolerance=MIXED_TOLERANCE, on_host=True)
 
 
 @contextmanager
@@ -175,12 +180,13 @@ def data(settings: Settings) -> Iterator[Work]:
     """Ours are resident by then, as in every epoch but the first; the others come from files, by one process."""
     with _run(settings) as (run, batch):
         plan, size, places = run.loader.plan(1), SIZES[settings.size][1], range(len(batch.images))
-        files = PillowDataset(run.split.train, plan, size)
+        files = FilesDataset(run.split.train, plan, size, by_pillow)
         providers = {
             "ours": lambda: last(loaded.images for loaded in run.loader.batches(1)),
             "Pillow and torchvision": lambda: default_collate([files[i] for i in places]).to(settings.device),
         }
-        yield Work(providers, GREY_LEVELS, items=len(places), compared=lambda images: visible(images, plan.erase))
+        compared = partial(visible, erase=plan.erase)
+        yield Work(providers, GREY_LEVELS, items=len(places), compared=compared, on_host=True)
 
 
 def _work(

@@ -7,9 +7,11 @@ other providers have left.
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter, process_time
@@ -20,7 +22,9 @@ from torch import Tensor
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # largest error relative to the largest value
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 200
-FLUSH_BYTES = 2**30  # far above any L2; writing it takes long enough for the host to enqueue a whole call
+# Before a call the device is kept busy for some 0.3 ms, in which the host enqueues all of it:
+FLUSH_BYTES = 2**30  # by writing far more than any L2 holds,
+SPIN_CYCLES = 500_000  # or by nothing that touches the L2
 
 
 class WrongResultError(ValueError):
@@ -46,9 +50,10 @@ class Work:
     providers: Mapping[str, Callable[[], Any]]
     tolerance: float
     bytes_moved: float | None = None  # by an ideal implementation: every input read once, every output written once
-    operations: float | None = None  # likewise, without recomputation
+    operations: float | None = None  # likewise
     compared: Callable[[Any], Sequence[Tensor]] = field(default=tuple)  # of what a call returns
     items: int | None = None  # images that a call is for: what is wanted is their number per second
+    on_host: bool = False  # what the host does is part of the work: no call is made a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Measurement:
     median_ms: float
     fast_ms: float  # 20 % quantile
     slow_ms: float  # 80 % quantile
-    warm_ms: float | None  # median with a warm L2; on a GPU only
+    warm_ms: float | None  # median with a warm L2; of a CUDA graph only
     peak_gib: float | None  # above what was allocated before the call; on a CPU above what was resident
     cores: float | None = None  # kept busy on average, in workers too; where items are delivered
 
@@ -74,10 +79,12 @@ def measure(case: Case, settings: Settings, seconds: float) -> tuple[Work, list[
     """Measure all providers of a case for about so many seconds together, after their results have been compared."""
     torch.manual_seed(1111)
     gpu = settings.device.type == "cuda"
-    with case.setup() as work:
-        check(case.name, work)
+    # A backward pass runs where its forward pass ran, and no graph can be captured on the default stream.
+    with torch.cuda.stream(torch.cuda.Stream()) if gpu else nullcontext(), case.setup() as work:
+        work = check(case.name, work)
         peaks = {name: _peak_gib(call, settings.device) for name, call in work.providers.items()}
-        calls = {name: _replay(call) if gpu else call for name, call in work.providers.items()}
+        replays = _replays(work) if gpu else {}
+        calls = {**work.providers, **replays}
         cold, warm = clock(settings.device), clock(settings.device, flush=False)
         times: dict[str, list[float]] = {name: [cold(call)] for name, call in calls.items()}
         warm_times: dict[str, list[float]] = {name: [] for name in calls}
@@ -90,7 +97,7 @@ def measure(case: Case, settings: Settings, seconds: float) -> tuple[Work, list[
                 others_s, own_s = _workers_cpu_s() if work.items else 0, process_time()
                 times[name].append(cold(calls[name]))
                 busy_s[name] += process_time() - own_s + ((_workers_cpu_s() if work.items else 0) - others_s)
-                if gpu:
+                if name in replays:
                     warm_times[name].append(warm(calls[name]))
     measured = [_measurement(name, times[name], warm_times[name], peaks[name]) for name in work.providers]
     if work.items:
@@ -98,13 +105,23 @@ def measure(case: Case, settings: Settings, seconds: float) -> tuple[Work, list[
     return work, measured
 
 
-def check(case: str, work: Work) -> None:
-    """Every provider's result against the first one's: same shapes, all finite, equal within the tolerance."""
-    (first, expected), *others = ((name, _result(work, name)) for name in work.providers)
+def check(case: str, work: Work) -> Work:
+    """Every result against the first one's: same shapes, all finite, equal within the tolerance.
+
+    An alternative that cannot run here, for want of memory or of a kernel, is named and left out.
+    """
+    first, *others = work.providers
+    expected, able = _result(work, first), {first: work.providers[first]}
     for i, value in enumerate(expected):
         if not value.isfinite().all():
             raise WrongResultError(f"{case}: result {i} of {first} is not finite")
-    for name, result in others:
+    for name in others:
+        try:
+            result = _result(work, name)
+        except RuntimeError as reason:
+            line, *_ = str(reason).splitlines() or [""]
+            print(f"{case}: {name} is left out: {type(reason).__name__}: {line}", file=sys.stderr)
+            continue
         if [t.shape for t in result] != [t.shape for t in expected]:
             shapes = [[tuple(t.shape) for t in tensors] for tensors in (expected, result)]
             raise WrongResultError(f"{case}: {first} gives {shapes[0]}, {name} gives {shapes[1]}")
@@ -115,6 +132,10 @@ def check(case: str, work: Work) -> None:
                     f"{case}: result {i} of {name} differs from that of {first} by {error:.1e} of the largest value, "
                     f"{work.tolerance:.0e} is allowed: one of them is wrong, so neither is timed"
                 )
+        able[name] = work.providers[name]
+    if len(able) == 1:
+        raise WrongResultError(f"{case}: nothing that {first} could be compared with runs here")
+    return replace(work, providers=able)
 
 
 def _result(work: Work, name: str) -> list[Tensor]:
@@ -130,12 +151,15 @@ def clock(device: torch.device, *, flush: bool = True) -> Callable[[Callable[[],
     """A function that tells how many ms a call takes; on a GPU `flush` empties the L2 first."""
     if device.type != "cuda":
         return _cpu_clock
-    waste = torch.empty(FLUSH_BYTES if flush else 0, dtype=torch.uint8, device=device)
+    if flush:
+        occupy: Callable[[], object] = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device).zero_
+    else:
+        occupy = partial(torch.cuda._sleep, SPIN_CYCLES)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def gpu_clock(call: Callable[[], object]) -> float:
         torch.cuda.synchronize()
-        waste.zero_()
+        occupy()
         start.record()
         call()
         end.record()
@@ -162,22 +186,36 @@ def _workers_cpu_s() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _replay(call: Callable[[], object]) -> Callable[[], object]:
-    """The call as a CUDA graph: no launch is waited for. A call that itself waits for the device stays as it is."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+def _replays(work: Work) -> dict[str, Callable[[], object]]:
+    """Calls as CUDA graphs, so that no launch is waited for. A call that itself waits for the device stays as it is.
+
+    Which one waits is found out before: a capture that fails leaves torch's generator and allocator as if in it.
+    """
+    pool, replays = torch.cuda.graph_pool_handle(), {}  # one memory for all: no two replays at once
+    for name, call in work.providers.items():
+        if work.on_host or _waits(call):
+            continue
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
+        with torch.cuda.graph(graph, pool, stream, "thread_local"):  # other threads may pin memory meanwhile
+            call()
+        replays[name] = graph.replay
+    return replays
+
+
+def _waits(call: Callable[[], object]) -> bool:
+    """Whether the host waits for the device in it; if not, it has been warmed up."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
         for _ in range(3):
             call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return call
-    return graph.replay
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
 
 
 def _peak_gib(call: Callable[[], object], device: torch.device) -> float | None:

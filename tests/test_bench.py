@@ -1,17 +1,17 @@
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+import re
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
 
-from bench import run, suite_triplet, timing
-from bench.timing import Case, Settings, Work, WrongResultError, check, measure
+from bench import run, suite_triplet
+from bench.evaluators import in_tf32
+from bench.timing import Settings
+from tests.test_timing import case_of
 
 QUICK = Settings("quick", torch.device("cpu"))
 KEYS = {
@@ -19,17 +19,6 @@ KEYS = {
     *("bytes", "operations", "provider", "rounds", "median_ms", "fast_ms", "slow_ms", "warm_ms", "peak_gib", "speed"),
     *("limit_ms", "bytes_per_s", "operations_per_s", "items", "cores"),
 }
-
-
-def case_of(*results: Tensor, tolerance: float = 1e-5) -> Case:
-    """A provider per result, the first one ours."""
-
-    @contextmanager
-    def setup() -> Iterator[Work]:
-        names = ["ours", *(f"other {i}" for i in range(1, len(results)))]
-        yield Work({name: lambda value=value: (value,) for name, value in zip(names, results)}, tolerance)
-
-    return Case("made up", "N 3", setup)
 
 
 @pytest.mark.parametrize("suite", run.SUITES)
@@ -52,52 +41,37 @@ def test_every_suite_agrees_is_shown_and_recorded(suite: str, tmp_path: Path, ca
     assert shown.count("| current |") == len(rows)
 
 
-@pytest.mark.parametrize(
-    ("results", "what"),
-    [
-        ((torch.ones(3), torch.tensor([1, 1, 1.01])), "result 0 of other 1 differs from that of ours by 1.0e-02"),
-        ((torch.ones(3), torch.ones(3), torch.tensor([1, 1, torch.nan])), "of other 2 differs"),
-        ((torch.tensor([torch.nan]), torch.tensor([torch.nan])), "result 0 of ours is not finite"),
-        ((torch.ones(3), torch.ones(1, 3)), "other 1 gives"),
-    ],
-)
-def test_a_wrong_provider_is_never_timed(results: tuple[Tensor, ...], what: str) -> None:
-    with pytest.raises(WrongResultError, match=what):
-        measure(case_of(*results), QUICK, 1)
-
-
-def test_rounding_is_no_fault() -> None:
-    with case_of(torch.ones(3), torch.ones(3) + 1e-6).setup() as work:
-        check("made up", work)
-
-
-def test_a_wrong_suite_ends_the_door(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    right = suite_triplet.dense
-    monkeypatch.setattr(suite_triplet, "dense", lambda features, persons: 1.001 * right(features, persons))
+def test_a_wrong_case_is_refused_and_keeps_no_other_from_its_numbers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    sound, wrong = case_of(torch.ones(3), torch.ones(3)), case_of(torch.ones(3), 1.001 * torch.ones(3))
+    monkeypatch.setattr(suite_triplet, "cases", lambda _: [replace(wrong, name="wrong"), replace(sound, name="sound")])
     assert run.main(["--suite", "triplet", "--quick", "--cpu"]) == 1
     shown = capsys.readouterr()
-    assert "dense, masked differs from that of ours" in shown.err
-    assert not shown.out
+    assert "triplet: wrong: result 0 of other 1 differs from that of ours" in shown.err
+    assert "| wrong" not in shown.out
+    assert "| sound" in shown.out
 
 
-def test_every_provider_is_called_equally_often_and_in_turn() -> None:
-    calls: list[str] = []
-
-    @contextmanager
-    def setup() -> Iterator[Work]:
-        def provider(name: str) -> Callable[[], tuple[Tensor]]:
-            return lambda: calls.append(name) or (torch.ones(1),)
-
-        yield Work({name: provider(name) for name in "abc"}, 0)
-
-    _, measured = measure(Case("turns", "", setup), Settings("default", torch.device("cpu")), 0)
-    assert [m.rounds for m in measured] == [5, 5, 5]
-    assert "".join(calls) == "abc" + "abc" + "abc" + "bca" + "cab" + "abc" + "bca"  # check, memory, then five rounds
+def test_tf32_is_for_the_call_alone() -> None:
+    seen: list[str] = []
+    in_tf32(lambda: seen.append(torch.get_float32_matmul_precision()))()
+    assert [*seen, torch.get_float32_matmul_precision()] == ["high", "highest"]
 
 
-def test_memory_beyond_the_inputs_is_seen_on_a_cpu_too() -> None:
-    call = partial(torch.ones, 2**26)
-    assert timing._peak_gib(call, torch.device("cpu")) == pytest.approx(0.25, abs=0.02)
+def imported(path: Path) -> set[Path]:
+    """The files of bench that a file imports, and theirs."""
+    names = re.findall(r"^from bench\.(\w+) import", path.read_text(), re.MULTILINE)
+    files = {path.with_name(f"{name}.py") for name in names}
+    return files.union(*map(imported, files))
+
+
+@pytest.mark.parametrize("suite", run.SUITES)
+def test_a_changed_alternative_makes_a_record_stale(suite: str) -> None:
+    """An alternative may be written in another suite's file."""
+    covered = {file for pattern in run.patterns(suite) for file in run.ROOT.glob(pattern)}
+    needed = imported(run.ROOT / f"bench/suite_{suite}.py") - {run.ROOT / "bench/builds.py"}
+    assert needed <= covered
 
 
 def test_a_changed_source_makes_a_record_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from kernels._path import use_triton
+from kernels._path import on_device_of, use_triton
 from kernels.class_attention_backward import backward
 from kernels.class_attention_forward import forward
 
@@ -124,8 +124,9 @@ def _forward(
     results = _empty_results(tokens, absorbed, norm_weights, norm_biases, norm_eps, scale, save)
     pooled, traces = results[: len(tokens)], results[len(tokens) :] or results
     streams = [(*_rows(x), *rest) for x, *rest in zip(tokens, absorbed, norm_weights, norm_eps, pooled, traces)]
-    grid, settings = _launch(tokens, absorbed)
-    forward[grid](streams[0], streams[-1], scale * LOG2_E, *absorbed[0].stride()[:2], TRACE=save, **settings)
+    with on_device_of(tokens[0]):
+        grid, settings = _launch(tokens, absorbed)
+        forward[grid](streams[0], streams[-1], scale * LOG2_E, *absorbed[0].stride()[:2], TRACE=save, **settings)
     return results
 
 
@@ -154,9 +155,10 @@ def _backward(
         (*_rows(x), *rest)
         for x, *rest in zip(tokens, absorbed, norm_weights, pooled, traces, grads, of_tokens, of_absorbed, of_weights)
     ]
-    grid, settings = _launch(tokens, absorbed)
     strides = *absorbed[0].stride()[:2], *grads[0].stride()[:2]
-    backward[grid](streams[0], streams[-1], scale * LOG2_E, *strides, **settings)
+    with on_device_of(tokens[0]):
+        grid, settings = _launch(tokens, absorbed)
+        backward[grid](streams[0], streams[-1], scale * LOG2_E, *strides, **settings)
     return [*of_tokens, *of_absorbed, *(x.sum(0).to(w.dtype) for x, w in zip(of_weights, norm_weights))]
 
 

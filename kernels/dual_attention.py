@@ -120,13 +120,15 @@ def _(streams: Sequence[Tensor], *_: Any) -> list[Tensor]:
 def _save(ctx: Any, inputs: tuple[list[Tensor], float, bool], output: list[Tensor]) -> None:
     streams, ctx.scale, _ = inputs
     ctx.save_for_backward(*streams, *output)
+    ctx.set_materialize_grads(False)  # the sums have none
 
 
-def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor], None, None]:
+def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[list[Tensor], None, None]:
     saved = ctx.saved_tensors
     n = len(saved) // 3
     streams, outputs, sums = saved[:n], saved[n : 2 * n], saved[2 * n :]
-    return _backward(streams, outputs, sums, [grad.contiguous() for grad in grads[:n]], ctx.scale), None, None
+    upstream = [torch.zeros_like(y) if grad is None else grad.contiguous() for grad, y in zip(grads, outputs)]
+    return _backward(streams, outputs, sums, upstream, ctx.scale), None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -128,10 +128,13 @@ def close_bound(query: Rows, gallery: Rows, rows: Tensor) -> Tensor:
 @contextmanager
 def full_precision(x: Tensor) -> Iterator[None]:
     """On the device of x: no autocast, no TF32, no graph."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
     try:
         with on_device_of(x), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision

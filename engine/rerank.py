@@ -71,7 +71,8 @@ def rerank_blocks(
     size = max(1, DISTANCES // (num_images - num_query))
     for start in range(queries.start, queries.stop, size):
         block = slice(start, min(start + size, queries.stop))
-        distance = torch.addmm(squares[num_query:], features[block], features[num_query:].T, alpha=-2)
+        with torch.autocast(features.device.type, enabled=False):
+            distance = torch.addmm(squares[num_query:], features[block], features[num_query:].T, alpha=-2)
         distance.add_(squares[block, None]).clamp_min_(0).mul_(weight / farthest[block, None])
         overlap = distance.new_zeros(distance.numel())
         meet = _meet_all_at_once if overlap.is_cuda else _meet_by_column

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from kernels import ranking_kernels
-from kernels._path import use_triton
+from kernels._path import on_device_of, use_triton
 from kernels._rows import Rows
 
 CHUNK = 128  # columns per product
@@ -126,12 +126,15 @@ def close_bound(query: Rows, gallery: Rows, rows: Tensor) -> Tensor:
 
 
 @contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast, no TF32, no graph."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+def full_precision(x: Tensor) -> Iterator[None]:
+    """On the device of x: no autocast, no TF32, no graph."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with on_device_of(x), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision

@@ -1,6 +1,7 @@
 """Which path a tensor takes: Triton on a GPU, plain torch on a CPU."""
 
 import os
+from contextlib import AbstractContextManager
 
 import torch
 import triton
@@ -18,6 +19,11 @@ def use_triton(x: Tensor) -> bool:
     return (x.is_cuda or triton_on_cpu) and x.dtype != torch.float64
 
 
+def on_device_of(x: Tensor) -> AbstractContextManager[None]:
+    """Triton compiles for the current device and launches on its stream, wherever the arguments are."""
+    return torch.cuda.device_of(x)
+
+
 def capability() -> int:
-    """Of the GPU that kernels are compiled for, 90 for Hopper; the interpreter behaves as one."""
+    """Of the GPU that kernels are compiled for, the current one, 90 for Hopper; the interpreter behaves as one."""
     return 90 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch

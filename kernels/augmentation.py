@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._path import use_triton
+from kernels._path import on_device_of, use_triton
 from kernels.noise import Noise, key_of, noise
 
 # Of a program of the kernel: rows, values of a row (three per pixel), warps; a thread draws one block of noise.
@@ -54,7 +54,8 @@ def augment(
     shape = (len(flip), *images.shape[1:])
     if use_triton(images) and dtype != torch.float64:
         out = torch.empty(shape, dtype=dtype, device=images.device)
-        _on_gpu(out, images, rows, flip, shift, erase, index, key, line)
+        with on_device_of(images):
+            _on_gpu(out, images, rows, flip, shift, erase, index, key, line)
     else:
         out = _room(shape, torch.promote_types(dtype, torch.float32))
         with _one_thread():

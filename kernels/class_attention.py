@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from kernels._path import use_triton
+from kernels._path import capability, on_device_of, use_triton
 from kernels.class_attention_backward import backward
 from kernels.class_attention_forward import forward
 
@@ -124,8 +124,9 @@ def _forward(
     results = _empty_results(tokens, absorbed, norm_weights, norm_biases, norm_eps, scale, save)
     pooled, traces = results[: len(tokens)], results[len(tokens) :] or results
     streams = [(*_rows(x), *rest) for x, *rest in zip(tokens, absorbed, norm_weights, norm_eps, pooled, traces)]
-    grid, settings = _launch(tokens, absorbed)
-    forward[grid](streams[0], streams[-1], scale * LOG2_E, *absorbed[0].stride()[:2], TRACE=save, **settings)
+    with on_device_of(tokens[0]):
+        grid, settings = _launch(tokens, absorbed)
+        forward[grid](streams[0], streams[-1], scale * LOG2_E, *absorbed[0].stride()[:2], TRACE=save, **settings)
     return results
 
 
@@ -154,9 +155,10 @@ def _backward(
         (*_rows(x), *rest)
         for x, *rest in zip(tokens, absorbed, norm_weights, pooled, traces, grads, of_tokens, of_absorbed, of_weights)
     ]
-    grid, settings = _launch(tokens, absorbed)
     strides = *absorbed[0].stride()[:2], *grads[0].stride()[:2]
-    backward[grid](streams[0], streams[-1], scale * LOG2_E, *strides, **settings)
+    with on_device_of(tokens[0]):
+        grid, settings = _launch(tokens, absorbed)
+        backward[grid](streams[0], streams[-1], scale * LOG2_E, *strides, **settings)
     return [*of_tokens, *of_absorbed, *(x.sum(0).to(w.dtype) for x, w in zip(of_weights, norm_weights))]
 
 
@@ -201,7 +203,8 @@ def _padded_heads(heads: int) -> int:
 
 
 def _launch(tokens: Sequence[Tensor], absorbed: Sequence[Tensor]) -> tuple[tuple[int, int], dict[str, Any]]:
-    """Grid and settings. Factors of 4 bytes do not fit on chip beside the sums: they are read again where needed."""
+    """Grid and settings. Where the factors do not fit on chip beside the sums, they are read again where needed: those
+    of 4 bytes, and all on GPUs whose programs have 99 KiB of shared memory (8.6, 8.9, 12.0) and not 163 or more."""
     images, heads, width = absorbed[0].shape
     padded = _padded_heads(heads)
     if padded * width > MOST_SUMS:
@@ -210,7 +213,8 @@ def _launch(tokens: Sequence[Tensor], absorbed: Sequence[Tensor]) -> tuple[tuple
             f"got {heads} heads padded to {padded} and width {width}"
         )
     settings = {"H": heads, "HEADS": padded, "C": width, "TOKENS": 16}
-    if tokens[0].element_size() == 4:
+    has_room = capability() == 80 or capability() // 10 in (9, 10)
+    if tokens[0].element_size() == 4 or not has_room:
         settings |= {"WARPS": 8, "WIDTH": 16, "STAGES": 1, "KEEP": False, "num_warps": 8}
     else:
         settings |= {"WARPS": 4, "WIDTH": 32, "STAGES": 2, "KEEP": True, "num_warps": 4}

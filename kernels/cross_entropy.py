@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._path import use_triton
+from kernels._path import on_device_of, use_triton
 
 
 def smoothed_cross_entropy(logits: Sequence[Tensor], persons: Tensor, smoothing: float = 0.1) -> Tensor:
@@ -101,10 +101,11 @@ def _forward(logits: Sequence[Tensor], persons: Tensor, smoothing: float) -> tup
     """terms (heads, B), whose sum is a head's loss, and lse (2, heads, B)."""
     terms, lse = outputs = _forward_outputs(logits, persons, smoothing)
     classes = logits[0].shape[1]
-    forward_kernel[len(persons), len(logits)](
-        tuple(logits), tuple(z.stride(0) for z in logits), persons.contiguous(), terms, lse, classes, smoothing,
-        **_launch(classes),
-    )  # fmt: skip
+    with on_device_of(logits[0]):
+        forward_kernel[len(persons), len(logits)](
+            tuple(logits), tuple(z.stride(0) for z in logits), persons.contiguous(), terms, lse, classes, smoothing,
+            **_launch(classes),
+        )  # fmt: skip
     return outputs
 
 
@@ -122,10 +123,11 @@ def _backward(
     gradients = [z.new_empty(z.shape) for z in logits]
     rows, classes = logits[0].shape
     settings = _launch(classes)
-    backward_kernel[rows, triton.cdiv(classes, settings["BLOCK_K"]), len(logits)](
-        tuple(logits), tuple(gradients), tuple(z.stride(0) for z in logits), persons.contiguous(), lse, upstream,
-        *upstream.stride(), classes, smoothing, **settings,
-    )  # fmt: skip
+    with on_device_of(logits[0]):
+        backward_kernel[rows, triton.cdiv(classes, settings["BLOCK_K"]), len(logits)](
+            tuple(logits), tuple(gradients), tuple(z.stride(0) for z in logits), persons.contiguous(), lse, upstream,
+            *upstream.stride(), classes, smoothing, **settings,
+        )  # fmt: skip
     return gradients
 
 

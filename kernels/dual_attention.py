@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from kernels._path import TRITON, capability, use_triton
+from kernels._path import TRITON, capability, on_device_of, use_triton
 from kernels.dual_attention_backward import backward
 from kernels.dual_attention_forward import forward
 
@@ -81,11 +81,12 @@ def _forward(streams: Sequence[Tensor], scale: float, save: bool) -> list[Tensor
     """The outputs, then, if they are to be saved, the log2 of each query's sum of exponentials (B, H, N)."""
     results = _empty_results(streams, scale, save)
     outputs, sums = results[: len(streams)], results[len(streams) :] or results
-    grid, settings = _launch(streams, _forward_plan)
-    forward[grid](
-        streams[0], outputs[0], sums[0], streams[-1], outputs[-1], sums[-1],
-        scale * LOG2_E, SAVE=save, num_warps=4, **settings,
-    )  # fmt: skip
+    with on_device_of(streams[0]):
+        grid, settings = _launch(streams, _forward_plan)
+        forward[grid](
+            streams[0], outputs[0], sums[0], streams[-1], outputs[-1], sums[-1],
+            scale * LOG2_E, SAVE=save, num_warps=4, **settings,
+        )  # fmt: skip
     return results
 
 
@@ -101,12 +102,13 @@ def _backward(
     streams: Sequence[Tensor], outputs: Sequence[Tensor], sums: Sequence[Tensor], grads: Sequence[Tensor], scale: float
 ) -> list[Tensor]:
     results = [torch.empty_like(qkv) for qkv in streams]
-    grid, settings = _launch(streams, _backward_plan)
-    backward[grid](
-        streams[0], outputs[0], grads[0], sums[0], results[0],
-        streams[-1], outputs[-1], grads[-1], sums[-1], results[-1], scale * LOG2_E, scale,
-        STAGES=STAGES, num_warps=8, **settings,
-    )  # fmt: skip
+    with on_device_of(streams[0]):
+        grid, settings = _launch(streams, _backward_plan)
+        backward[grid](
+            streams[0], outputs[0], grads[0], sums[0], results[0],
+            streams[-1], outputs[-1], grads[-1], sums[-1], results[-1], scale * LOG2_E, scale,
+            STAGES=STAGES, num_warps=8, **settings,
+        )  # fmt: skip
     return results
 
 
@@ -118,13 +120,15 @@ def _(streams: Sequence[Tensor], *_: Any) -> list[Tensor]:
 def _save(ctx: Any, inputs: tuple[list[Tensor], float, bool], output: list[Tensor]) -> None:
     streams, ctx.scale, _ = inputs
     ctx.save_for_backward(*streams, *output)
+    ctx.set_materialize_grads(False)  # the sums have none
 
 
-def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor], None, None]:
+def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[list[Tensor], None, None]:
     saved = ctx.saved_tensors
     n = len(saved) // 3
     streams, outputs, sums = saved[:n], saved[n : 2 * n], saved[2 * n :]
-    return _backward(streams, outputs, sums, [grad.contiguous() for grad in grads[:n]], ctx.scale), None, None
+    upstream = [torch.zeros_like(y) if grad is None else grad.contiguous() for grad, y in zip(grads, outputs)]
+    return _backward(streams, outputs, sums, upstream, ctx.scale), None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -40,7 +40,7 @@ class Neighbours(NamedTuple):
 def nearest_neighbours(query: Tensor, gallery: Tensor, k: int, *, normalize: bool = False) -> Neighbours:
     """Features (Q, D) and (G, D), 1 <= k <= G; with normalize, at unit length."""
     _check(k, gallery)
-    with full_precision(query.device):
+    with full_precision(query):
         queries, items = Rows.both(query, gallery, normalize)
         found = _nearest(queries, items, slice(0, len(queries)), k)
         rows = torch.arange(len(queries), device=query.device).repeat_interleave(k)
@@ -54,7 +54,7 @@ def neighbour_lists(features: Tensor, k: int, *, rows: slice | None = None, norm
     The order is exact; distances that it did not need in fp64 have the error of an fp32 product.
     """
     _check(k, features)
-    with full_precision(features.device):
+    with full_precision(features):
         items, _ = Rows.both(features, features, normalize)
         return _nearest(items, items, rows or slice(0, len(items)), k)
 

@@ -46,7 +46,7 @@ def rank_counts(
     normalize: bool = False,
 ) -> RankCounts:
     """Ranks by squared Euclidean distance of the features (Q, D) and (G, D), brought to unit length with normalize."""
-    with full_precision(query.device):
+    with full_precision(query):
         queries, items = Rows.both(query, gallery, normalize)
         parts = []
         order = _most_first(query_persons, gallery_persons)  # the padding to T costs time

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from kernels import triplet_backward, triplet_forward
-from kernels._path import capability, use_triton
+from kernels._path import capability, on_device_of, use_triton
 
 BLOCK_ELEMENTS = 2**20  # of the distance matrix at once, in the plain path
 PAIR_ROWS = 256  # anchors whose pairs are measured at once, in the plain path
@@ -87,13 +87,14 @@ def _forward(
     heads, count, persons = len(features), len(persons), persons.contiguous()
     if count > SMALL:  # large tiles have no registers to spare for 64 bits of a person
         persons = torch.searchsorted(persons.sort().values, persons, out_int32=True)
-    settings = _tiles(count, max(x.itemsize for x in features))
-    blocks = triton.cdiv(count, settings["ROWS"])
-    state = persons.new_zeros(heads, 2 * count + blocks + 1, dtype=torch.int64)
-    triplet_forward.forward[blocks * (blocks + 1) // 2, heads](
-        tuple(features), *_layout(features), persons, state, losses.new_empty(heads, count), losses, shares, distances,
-        indices, pulls, valid, count, 0.0 if margin is None else margin, SOFT=margin is None, **settings,
-    )  # fmt: skip
+    with on_device_of(persons):
+        settings = _tiles(count, max(x.itemsize for x in features))
+        blocks = triton.cdiv(count, settings["ROWS"])
+        state = persons.new_zeros(heads, 2 * count + blocks + 1, dtype=torch.int64)
+        triplet_forward.forward[blocks * (blocks + 1) // 2, heads](
+            tuple(features), *_layout(features), persons, state, losses.new_empty(heads, count), losses, shares,
+            distances, indices, pulls, valid, count, 0.0 if margin is None else margin, SOFT=margin is None, **settings,
+        )  # fmt: skip
     return outputs
 
 
@@ -136,10 +137,11 @@ def _backward(
     if count > SMALL:
         chosen, order = indices.transpose(0, 1).reshape(heads, 2 * count).sort(stable=True)
         starts = torch.searchsorted(chosen, torch.arange(count + 1, device=chosen.device).repeat(heads, 1))
-    triplet_backward.differentiate[count, sum(triton.cdiv(x.shape[1], 256) for x in features)](
-        tuple(features), tuple(gradients), *_layout(features), indices, pulls, upstream, upstream.stride(0), shares,
-        order, starts, count, SORTED=count > SMALL, BLOCK_E=256, CHUNK=4, BLOCK_D=256, num_warps=1,
-    )  # fmt: skip
+    with on_device_of(indices):
+        triplet_backward.differentiate[count, sum(triton.cdiv(x.shape[1], 256) for x in features)](
+            tuple(features), tuple(gradients), *_layout(features), indices, pulls, upstream, upstream.stride(0), shares,
+            order, starts, count, SORTED=count > SMALL, BLOCK_E=256, CHUNK=4, BLOCK_D=256, num_warps=1,
+        )  # fmt: skip
     return gradients
 
 

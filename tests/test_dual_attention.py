@@ -1,8 +1,11 @@
 """dual_self_attention: as accurate as plain torch, gradients, two streams, compile, autocast, wrong inputs."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import dual_self_attention, reference
 from tests.numerics import assert_as_accurate
@@ -70,6 +73,30 @@ def test_kernels_take_two_streams_at_once() -> None:
     for i in range(2):
         alone = with_gradients(dual_self_attention, [qkv[i]], [upstream[i]], scale=0.3)
         torch.testing.assert_close([both[i], both[2 + i]], alone, rtol=0, atol=0)
+
+
+class Calls(TorchDispatchMode):
+    """The operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None) -> Any:
+        self.names.append(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("triton_path")
+def test_kernels_fill_no_gradient_but_that_of_an_unused_stream() -> None:
+    qkv = [torch.randn(2, n, 3, 2, 16, requires_grad=True) for n in (5, 9)]
+    outputs = dual_self_attention(*qkv)
+    with Calls() as calls:
+        torch.autograd.grad(outputs, qkv, [torch.ones_like(y) for y in outputs])
+    assert not any("zeros" in name for name in calls.names)
+    used, unused = torch.autograd.grad(dual_self_attention(*qkv)[0].sum(), qkv)
+    torch.testing.assert_close(used, *torch.autograd.grad(dual_self_attention(qkv[0]).sum(), qkv[:1]), rtol=0, atol=0)
+    assert (unused == 0).all()
 
 
 @pytest.mark.usefixtures("triton_path")

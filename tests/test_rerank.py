@@ -113,6 +113,13 @@ def test_shares_that_exchange_their_parts_give_the_whole(shares: int) -> None:
     assert_close("re-ranked", torch.cat(parts), k_reciprocal(query, gallery, 7, 3), 1e-6)
 
 
+def test_autocast_changes_nothing() -> None:
+    query, gallery = made_up(9, 40, 5, "spread", 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = k_reciprocal(query, gallery)
+    assert torch.equal(result, k_reciprocal(query, gallery))
+
+
 def test_equal_images_stay_finite() -> None:
     assert k_reciprocal(torch.ones(3, 4), torch.ones(8, 4)).isfinite().all()
 

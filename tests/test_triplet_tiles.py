@@ -70,3 +70,15 @@ def test_a_broken_image_that_is_not_valid_itself_is_everyones_nearest() -> None:
     mined = batch_hard_triplet([x], torch.tensor([0, 0, 1, 1, 2]))
     assert mined.negative_indices[0, :4].tolist() == [4] * 4
     assert mined.losses.isnan().all()
+
+
+@pytest.mark.usefixtures("triton_path")
+def test_equal_images_tie_with_the_anchor_itself_and_nearly_equal_ones_do_not_pull() -> None:
+    x, persons = torch.ones(4, 3), torch.tensor([0, 0, 1, 1])
+    x[1::2, 0] += 2.0**-22  # |x - y|^2 is 6e-14, less than the least that is told from 0
+    mined, (_, gradient) = mined_and_gradients(batch_hard_triplet, [x], persons, torch.ones(1))
+    assert (mined.positive_distances == 1e-6).all()
+    assert (gradient == 0).all()
+    equal = batch_hard_triplet([torch.ones(4, 3)], persons)
+    assert equal.positive_indices.tolist() == [[0, 0, 2, 2]]
+    assert equal.negative_indices.tolist() == [[2, 2, 0, 0]]

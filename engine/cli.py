@@ -3,7 +3,7 @@
 import sys
 from importlib import import_module
 
-DOORS = "train", "evaluate", "embed", "search", "export", "doctor"
+DOORS = "train", "evaluate", "embed", "search", "export", "report", "doctor"
 COMMANDS = {name: f"engine.{name}" for name in DOORS}
 
 

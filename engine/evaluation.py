@@ -22,6 +22,7 @@ from engine.results.baselines import colour_histogram
 from engine.results.measures import Ids, expand_queries
 from engine.results.table import details, show, shown_queries, write_results
 from engine.retrieval import Metric, Ranking, check_matches, rank, rank_blocks
+from engine.watching.manifest import describe_data
 
 __all__ = ["Evaluation", "NonFiniteError", "check_cameras", "evaluate", "evaluate_checkpoint", "split_ids"]
 
@@ -129,7 +130,10 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
     cameras = known_cameras(trained, split, cfg)
     model = parallel.shard(trained.model.to(ranks.device), ranks)
     features = embed(model, records, cameras, cfg, ranks, folder)
-    source = {"data": split.name, "note": split.note, "checkpoint": str(path), "TEST": cfg.TEST.model_dump(mode="json")}
+    source = {
+        "data": split.name, "note": split.note, "split": describe_data(split), "checkpoint": str(path),
+        "TEST": cfg.TEST.model_dump(mode="json"),
+    }  # fmt: skip
     if ranks.main:
         embeddings.finish(folder, features, records, len(split.query), source)
     rankings = rank_all("FusionReID", features, len(split.query), ids, cfg, ranks)
@@ -145,7 +149,7 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
         write_results(Path(cfg.OUTPUT_DIR), rankings, {**source, **more})
     maps = attention_maps(model, shown_queries(rankings["FusionReID"], split.query), cameras, cfg, ranks)
     if ranks.main:
-        show(cfg, split, features, ids, rankings, maps)
+        show(cfg, split, features, ids, rankings["FusionReID"], maps)
     parallel.finish()
 
 

@@ -21,9 +21,12 @@ from engine.results.report import (
     Figure,
     System,
     choose_queries,
-    cmc_svg,
+    cmc_chart,
+    picture,
     rank_lists,
-    write_html,
+    results_table,
+    ticks,
+    write_page,
 )
 
 NAN = float("nan")
@@ -65,7 +68,7 @@ def test_frames_tell_right_and_wrong_and_a_short_ranking_ends(split: Split) -> N
 
 
 def test_cmc_curves_run_through_their_values() -> None:
-    drawing = ET.fromstring(cmc_svg({"<a> & b": np.array([0.5, 0.75, 1.0]), "c": np.full(50, 0.25)}, ranks=3))
+    drawing = ET.fromstring(cmc_chart({"<a> & b": np.array([0.5, 0.75, 1.0]), "c": np.full(50, 0.25)}, ranks=3))
     lines = [e.get("points", "").split() for e in drawing.iter() if e.tag.endswith("polyline")]
     heights = [[float(point.split(",")[1]) for point in line] for line in lines]
     (zero,), (one,) = ([float(t.get("y", 0)) - 4.5 for t in drawing.iter() if t.text == v][:1] for v in ("0", "100"))
@@ -101,21 +104,19 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-def test_page_is_whole_escaped_and_self_contained(split: Split, tmp_path: Path) -> None:
+def test_page_is_whole_escaped_and_self_contained(tmp_path: Path) -> None:
     systems = [
         System("<b>ours</b>", 0.8125, 0.5, np.array([0.9, 0.95]), 1234),
         System("colour & co", 0.2, NAN, np.full(50, 0.3), 1234),
     ]
-    picture = Image.new("RGB", (30, 20), "white")
     path = tmp_path / "report.html"
-    figures = [Figure("1 < 2", "a & b", picture)]
-    write_html(path, title="<title>", systems=systems, split=split, config="A: <x> & 'y'\n", figures=figures)
+    figure = Figure("1 < 2", "a & b", Image.new("RGB", (30, 20), "white"))
+    write_page(path, "<title>", "<set & co>", [results_table(systems), picture(figure)])
     text = path.read_text(encoding="utf-8")
     page = Page(text)
-    texts = "<b>ours</b>", "colour & co", "<title>", "1 < 2", "a & b", "A: <x> & 'y'\n"
+    texts = "<b>ours</b>", "colour & co", "<title>", "<set & co>", "1 < 2", "a & b"
     for shown in (*texts, "81.2", "90.0", "95.0", "1,234", "n/a"):
         assert shown in page.texts, shown
-    assert any("<set & co>" in t for t in page.texts)
     assert "b" not in {tag for tag, _ in page.seen}
     assert "script" not in {tag for tag, _ in page.seen}
     assert not re.search(r'(src|href)="(?!data:)', text)
@@ -125,3 +126,11 @@ def test_page_is_whole_escaped_and_self_contained(split: Split, tmp_path: Path) 
     assert [p.name for p in tmp_path.glob("report*")] == ["report.html"]
     best = re.findall(r"<td class=\"best\">([^<]*)", text)
     assert best == ["81.2", "50.0", "90.0", "95.0", "95.0"]
+
+
+@pytest.mark.parametrize(
+    ("highest", "expected"),
+    [(15, [0, 5, 10, 15]), (42.6, [0, 10, 20, 30, 40]), (0.7, [0, 0.2, 0.4, 0.6]), (180, [0, 50, 100, 150])],
+)
+def test_ticks_are_round(highest: float, expected: list[float]) -> None:
+    assert ticks(highest) == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""What people look at after an evaluation: rank lists as a picture, the CMC curve, and one HTML file of it all."""
+"""What people look at after an evaluation: rank lists as a picture, charts and tables, one HTML page of it all."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dataloading.records import Record, Split, shown
+from dataloading.records import Record
 
 THUMBNAIL = (80, 160)  # width, height in pixels
 GAP, MARGIN, CAPTION, FRAME = 14, 24, 34, 4
@@ -93,39 +93,52 @@ def rank_lists(
     return sheet
 
 
-def cmc_svg(curves: Mapping[str, np.ndarray], ranks: int = 20) -> str:
-    """An inline SVG: matching rate over rank, one labelled line per system; it takes the ink of the page it is in."""
-    width, height, left, right, top, bottom = 720, 380, 48, 190, 16, 44
+def cmc_chart(curves: Mapping[str, np.ndarray], ranks: int = 20) -> str:
+    """Queries with a match (%) over the rank, a line per system."""
     ranks = max(2, min(ranks, max(map(len, curves.values()))))
+    lines = {name: [(k, 100 * _at_rank(cmc, k)) for k in range(1, ranks + 1)] for name, cmc in curves.items()}
+    return line_chart(lines, "rank", (1, *range(5, ranks + 1, 5)), range(0, 101, 20))
 
-    def across(rank: int) -> float:
-        return left + (rank - 1) / (ranks - 1) * (width - left - right)
 
-    def up(rate: float) -> float:
-        return height - bottom - rate * (height - top - bottom)
+def line_chart(
+    lines: Mapping[str, Sequence[tuple[float, float]]], axis: str, x_ticks: Sequence[float], y_ticks: Sequence[float]
+) -> str:
+    """An inline SVG: a labelled line (x, y) per name, above the first ticks; it takes the ink of the page it is in."""
+    width, height, left, right, top, bottom = 720, 380, 48, 190, 16, 44
+    last_x, last_y = (max(ends) for ends in zip((x_ticks[-1], y_ticks[-1]), *(p for ps in lines.values() for p in ps)))
+
+    def across(x: float) -> float:
+        return left + (x - x_ticks[0]) / (last_x - x_ticks[0]) * (width - left - right)
+
+    def up(y: float) -> float:
+        return height - bottom - (y - y_ticks[0]) / (last_y - y_ticks[0]) * (height - top - bottom)
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        'role="img" font-family="system-ui, sans-serif" font-size="13">'
-        "<title>Cumulative matching characteristic</title>"
+        f'role="img" font-family="system-ui, sans-serif" font-size="13"><title>over {axis}</title>'
     ]
-    for percent in range(0, 101, 20):
-        y = up(percent / 100)
-        parts.append(f'<path d="M{left} {y:.1f}H{width - right}" stroke="currentColor" stroke-opacity="0.14"/>')
-        parts.append(_text(left - 8, y + 4.5, f"{percent}", "end", faint=True))
-    for rank in (1, *range(5, ranks + 1, 5)):
-        parts += [_text(across(rank), height - bottom + 20, f"{rank}", "middle", faint=True)]
-    parts.append(_text(left + (width - left - right) / 2, height - 6, "rank", "middle", faint=True))
+    for y in y_ticks:
+        parts.append(f'<path d="M{left} {up(y):.1f}H{width - right}" stroke="currentColor" stroke-opacity="0.14"/>')
+        parts.append(_text(left - 8, up(y) + 4.5, f"{y:g}", "end", faint=True))
+    parts += [_text(across(x), height - bottom + 20, f"{x:g}", "middle", faint=True) for x in x_ticks]
+    parts.append(_text(left + (width - left - right) / 2, height - 6, axis, "middle", faint=True))
     floor = float("-inf")
-    coloured = zip(curves.items(), cycle(COLOURS))
-    for (name, cmc), colour in sorted(coloured, key=lambda line: -_at_rank(line[0][1], ranks)):
-        points = " ".join(f"{across(k):.1f},{up(_at_rank(cmc, k)):.1f}" for k in range(1, ranks + 1))
+    coloured = zip(lines.items(), cycle(COLOURS))
+    for (name, line), colour in sorted(coloured, key=lambda item: -item[0][1][-1][1]):
+        points = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in line)
         parts.append(
             f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.25" stroke-linejoin="round"/>'
         )
-        floor = max(up(_at_rank(cmc, ranks)) + 4.5, floor + 18)  # labels do not meet
+        floor = max(up(line[-1][1]) + 4.5, floor + 18)  # labels do not meet
         parts.append(_text(width - right + 10, floor, name, "start", colour))
     return "".join([*parts, "</svg>"])
+
+
+def ticks(highest: float) -> list[float]:
+    """Round numbers from 0 to at most `highest`, four to ten of them."""
+    unit = 10 ** np.floor(np.log10(highest))
+    step = unit * next(part for part in (1, 0.5, 0.2) if highest >= 3 * part * unit)
+    return [float(step * i) for i in range(int(highest / step + 1e-9) + 1)]
 
 
 def _text(x: float, y: float, text: str, anchor: str, colour: str = "currentColor", faint: bool = False) -> str:
@@ -138,61 +151,51 @@ def _at_rank(cmc: np.ndarray, rank: int) -> float:
     return float(cmc[min(rank, len(cmc)) - 1])
 
 
-def write_html(
-    path: str | os.PathLike[str],
-    *,
-    title: str,
-    systems: Sequence[System],
-    split: Split,
-    config: str,
-    figures: Sequence[Figure] = (),
-) -> None:
-    """One file without scripts or links: results, CMC curves, figures, data set and configuration (YAML text)."""
+def results_table(systems: Sequence[System]) -> str:
+    """Measures of all systems in %, the best of each in bold."""
     rows = [[system.mAP, system.mINP, *(_at_rank(system.cmc, k) for k in (1, 5, 10))] for system in systems]
     best = np.nanmax(rows, axis=0)
-    results = "".join(
-        f"<tr><td>{escape(system.name)}</td>"
-        + "".join(f"<td{mark}>{_percent(v)}</td>" for v, mark in zip(row, np.where(row == best, ' class="best"', "")))
-        + f"<td>{system.valid_queries:,}</td></tr>"
-        for system, row in zip(systems, rows)
-    )
-    counts = "".join(
-        f"<tr><td>{part}</td><td>{len(records):,}</td><td>{len({r.person for r in records}):,}</td>"
-        f"<td>{len({r.camera for r in records}):,}</td></tr>"
-        for part, records in (("train", split.train), ("query", split.query), ("gallery", split.gallery))
-    )
-    sections = [
-        f"<h1>{escape(title)}</h1><p>{escape(f'{split.name} in {shown(split.root)} {split.note}')}</p>",
-        _table("Results, %", ("", "mAP", "mINP", "Rank-1", "Rank-5", "Rank-10", "valid queries"), results),
-        "<h2>Queries (%) with a match among the first k</h2>" + cmc_svg({s.name: s.cmc for s in systems}),
+    cells = [[system.name, *map(_percent, row), f"{system.valid_queries:,}"] for system, row in zip(systems, rows)]
+    return table("Results, %", ("", "mAP", "mINP", "Rank-1", "Rank-5", "Rank-10", "valid queries"), cells,
+                 [[False, *(row == best), False] for row in rows])  # fmt: skip
+
+
+def table(
+    title: str, head: Sequence[str], rows: Sequence[Sequence[str]], best: Sequence[Sequence[bool]] | None = None
+) -> str:
+    """A titled table; cells that are `best` are bold."""
+    best = best or [[False] * len(head) for _ in rows]
+    names = "".join(f"<th>{escape(name)}</th>" for name in head)
+    lines = [
+        [(' class="best"' if is_best else "", escape(cell)) for cell, is_best in zip(*line)] for line in zip(rows, best)
     ]
-    sections += [
-        f"<h2>{escape(title)}</h2><p>{escape(text)}</p>"
-        f'<img alt="{escape(title)}" src="data:image/png;base64,{_png(image)}">'
-        for title, text, image in figures
-    ]
-    sections.append(_table("Data", ("", "images", "persons", "cameras"), counts))
-    sections.append(f"<h2>Configuration</h2><pre>{escape(config)}</pre>")
+    body = "".join(f"<tr>{''.join(f'<td{mark}>{cell}</td>' for mark, cell in line)}</tr>" for line in lines)
+    return f"<h2>{escape(title)}</h2><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def picture(figure: Figure) -> str:
+    """A titled picture with its text, inside the page itself."""
+    data = io.BytesIO()
+    figure.image.save(data, "PNG", optimize=True)
+    source = base64.b64encode(data.getvalue()).decode("ascii")
+    return (
+        f"<h2>{escape(figure.title)}</h2><p>{escape(figure.text)}</p>"
+        f'<img alt="{escape(figure.title)}" src="data:image/png;base64,{source}">'
+    )
+
+
+def write_page(path: Path, title: str, text: str, sections: Sequence[str]) -> None:
+    """One HTML file without scripts or links; sections are HTML."""
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
+        f"<body><h1>{escape(title)}</h1><p>{escape(text)}</p>{''.join(sections)}</body></html>\n"
     )
-    draft = Path(path).with_suffix(".draft")
+    draft = path.with_suffix(".draft")
     draft.write_text(page, encoding="utf-8")
     os.replace(draft, path)
 
 
 def _percent(rate: float) -> str:
     return f"{100 * rate:.1f}" if np.isfinite(rate) else "n/a"
-
-
-def _table(title: str, head: Sequence[str], rows: str) -> str:
-    cells = "".join(f"<th>{escape(name)}</th>" for name in head)
-    return f"<h2>{escape(title)}</h2><table><thead><tr>{cells}</tr></thead><tbody>{rows}</tbody></table>"
-
-
-def _png(picture: Image.Image) -> str:
-    data = io.BytesIO()
-    picture.save(data, "PNG", optimize=True)
-    return base64.b64encode(data.getvalue()).decode("ascii")

@@ -20,17 +20,13 @@ from engine.results.measures import (
     pool_queries,
     single_gallery_shot,
 )
-from engine.results.report import SHOWN_QUERIES, Figure, System, choose_queries, rank_lists, write_html
+from engine.results.report import SHOWN_QUERIES, choose_queries, rank_lists
+from engine.results.runs import ATTENTION, RANK_LISTS, draw_report
 from engine.retrieval import Ranking, rank, top_k
 from engine.storage import write_json
 
 FALSE_POSITIVE_RATES = 1e-4, 1e-3, 1e-2
 SHOWN_RANKS = 1, 5, 10
-RANK_LISTS = "Green: the same person. Red: another. The same person in the query's own camera is left out."
-ATTENTION = (
-    "The same queries, lit where the class token of one branch attends among the patches of the other, in the last "
-    "fusion: what the CNN takes from the Transformer, and the Transformer from the CNN."
-)
 
 
 def write_results(output: Path, rankings: Mapping[str, Ranking], about: Mapping[str, Any]) -> None:
@@ -89,22 +85,15 @@ def _precision(ranking: Ranking) -> np.ndarray:
     return precision
 
 
-def show(
-    cfg: Config, split: Split, features: Tensor, ids: Ids, rankings: Mapping[str, Ranking], maps: Maps | None
-) -> None:
-    """Write ranks.png, attention.png and report.html; the rank lists are those of the first ranking."""
+def show(cfg: Config, split: Split, features: Tensor, ids: Ids, ranking: Ranking, maps: Maps | None) -> None:
+    """Write ranks.png and attention.png, then report.html; the rank lists are those of the ranking."""
     output, num_query = Path(cfg.OUTPUT_DIR), len(split.query)
-    systems = [System(name, r.mAP, r.mINP, r.cmc.numpy(), r.num_valid) for name, r in rankings.items()]
     distances, neighbours = top_k(features[:num_query], features[num_query:], *ids, k=10, metric="euclidean")
-    first = next(iter(rankings.values()))
     shown = 1 - distances / 2 if cfg.TEST.FEAT_NORM else distances.sqrt()  # the cosine at unit length, else a distance
-    ranks = rank_lists(split.query, split.gallery, neighbours.numpy(), shown.numpy(), _precision(first))
-    figures = {"ranks.png": Figure("Rank lists, from the best query to the worst", RANK_LISTS, ranks)}
+    lists = rank_lists(split.query, split.gallery, neighbours.numpy(), shown.numpy(), _precision(ranking))
+    lists.save(output / RANK_LISTS)
     if maps is not None:
-        sheet = attention_sheet(shown_queries(first, split.query), maps)
-        figures["attention.png"] = Figure("What the branches look at in each other", ATTENTION, sheet)
-    for name, figure in figures.items():
-        figure.image.save(output / name)
-    page = {"title": "FusionReID", "systems": systems, "split": split, "config": cfg.dump()}
-    write_html(output / "report.html", **page, figures=list(figures.values()))
-    print(f"rank lists and CMC curves: {output / 'report.html'}")
+        attention_sheet(shown_queries(ranking, split.query), maps).save(output / ATTENTION)
+    else:
+        (output / ATTENTION).unlink(missing_ok=True)  # of another model
+    draw_report(output, cfg)

@@ -44,7 +44,7 @@ def record(output: Path, cfg: Config, split: Split, device: torch.device, ranks:
     old = _load(path) if step else {}
     run, earlier, note = old.pop("run", uuid4().hex[:12]), old.pop("earlier", []), ""
     if old:
-        before, now = dict(_flat(old)), dict(_flat(new))
+        before, now = dict(flat(old)), dict(flat(new))
         start = {key: before.pop(key, None) for key in START}
         changed = [key for key in before | now if before.get(key) != now.get(key)]
         earlier = [*earlier, start | {"differed": {key: before.get(key) for key in changed}}]
@@ -130,10 +130,11 @@ def _load(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested keys as dotted ones."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -1,4 +1,4 @@
-"""The pre-norm Transformer block that the ViT, T2T-ViT and the encoding unit are made of.
+"""The pre-norm Transformer block of T2T-ViT and of the encoding unit; its attention is also that of the ViT.
 
 Source: Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv:2010.11929. B images, N tokens, C width, H heads.
 """
@@ -8,13 +8,6 @@ from torch import Tensor, nn
 
 from fusionreid.drop_path import DropPath
 from kernels import dual_self_attention
-
-
-def init_linear(linear: nn.Linear) -> None:
-    """The ViT's start: truncated normal of deviation 0.02, no bias."""
-    nn.init.trunc_normal_(linear.weight, std=0.02)
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)
 
 
 class SelfAttention(nn.Module):
@@ -37,11 +30,6 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
         self.drop = nn.Dropout(dropout)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        init_linear(self.qkv)
-        init_linear(self.proj)
 
     def project(self, x: Tensor) -> Tensor:
         return self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D)
@@ -65,11 +53,6 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
         self.drop = nn.Dropout(dropout)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        init_linear(self.fc1)
-        init_linear(self.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))

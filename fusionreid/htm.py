@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fusionreid.blocks import Block, Mlp, init_linear
+from fusionreid.blocks import Block, Mlp
 from kernels import ClassStream, dual_cross_attention, dual_self_attention
 
 Pair = tuple[Tensor, Tensor]
@@ -45,11 +45,6 @@ class ClassAttention(nn.Module):
         self.k = nn.Linear(width, width, bias=False)
         self.v = nn.Linear(width, width, bias=False)
         self.proj = nn.Linear(width, width)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        for linear in (self.q, self.k, self.v, self.proj):
-            init_linear(linear)
 
     def forward(self, cls: Tensor, tokens: Tensor) -> ClassStream:
         """All but the attention itself, which serves both streams at once: a hook sees what it is made from."""

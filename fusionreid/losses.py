@@ -37,9 +37,8 @@ class CenterLoss(nn.Module):
         nn.init.normal_(self.centers)
 
     def forward(self, feature_BD: Tensor, persons_B: Tensor) -> Tensor:
-        with torch.autocast(feature_BD.device.type, enabled=False):
-            difference_BD = at_least_fp32(feature_BD) - at_least_fp32(self.centers)[persons_B]
-            return difference_BD.square().sum(1).clamp(1e-12, 1e12).mean()
+        difference_BD = feature_BD - self.centers[persons_B]  # in fp32 at least, as the centers are
+        return difference_BD.square().sum(1).clamp(1e-12, 1e12).mean()
 
 
 def reid_loss(
@@ -64,7 +63,3 @@ def reid_loss(
     center = center_loss(outputs.features[0], persons) if center_loss is not None else identity.new_zeros(())
     total = id_weight * identity.sum() + triplet_weight * triplet.sum() + center_weight * center
     return LossParts(total, identity, triplet, center)
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

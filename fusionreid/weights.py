@@ -34,7 +34,8 @@ UNITS = {
     "encoders": {1: ("SEU",), 2: ("SEU1", "SEU2")},
     "fusions": {1: ("MFU",), 2: ("MUF_RES", "MFU_FORMER")},
 }
-UNUSED = re.compile(r"(transformer\.)?base\.(fc|head)\.(weight|bias)")  # in the published state, never computed with
+# In the published state, never computed with: ImageNet's classifiers, and the CNN's neck where MODEL.NECK is no.
+UNUSED = re.compile(r"(transformer\.)?base\.(fc|head)\.(weight|bias)|(resnet\.)?bottleneck\.\w+")
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,9 @@ def load_published(model: FusionReID, state_dict: Mapping[str, Tensor]) -> LoadR
     Raises `WeightsError` with a table of the differences.
     """
     theirs = {renamed(name.removeprefix("module.")): value for name, value in state_dict.items()}
-    unused = [name for name in theirs if UNUSED.fullmatch(name)]
     ours = model.state_dict()
     names = {name: renamed(published) for name, published in published_names(model).items()}
+    unused = [name for name in theirs if name not in names.values() and UNUSED.fullmatch(name)]
     shapes = {names[name]: tuple(value.shape) for name, value in ours.items()}
     their_shapes = {name: tuple(value.shape) for name, value in theirs.items() if name not in unused}
     if shapes != their_shapes:

@@ -68,9 +68,18 @@ def batch_hard_triplet(
         return BatchHard(losses, to_positive, to_negative, positive, negative, valid)
     valid = _valid_anchors(persons)
     with torch.autocast(persons.device.type, enabled=False):
-        heads = [_one_head(x, persons, valid, margin, product_dtype) for x in features]
-    losses, to_positive, to_negative, positive, negative = (torch.stack(columns) for columns in zip(*heads))
-    return BatchHard(losses, to_positive, to_negative, positive, negative, valid)
+        exact = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in features]
+        hardest = _mine([x.detach() for x in exact], persons, product_dtype)  # (2, N) per head
+        if product_dtype is None:
+            pairs = [_Distances.apply(x, chosen) for x, chosen in zip(exact, hardest)]
+        else:
+            pairs = [_noisy_distances(x, chosen, product_dtype) for x, chosen in zip(exact, hardest)]
+        to_positive, to_negative = torch.stack(pairs, 1)
+        positive, negative = torch.stack(hardest, 1)
+        gap = to_positive - to_negative  # (heads, N)
+        loss = -F.logsigmoid(-gap) if margin is None else (gap + margin).clamp_min(0)
+        losses = torch.where(valid, loss, 0).sum(1) / valid.sum().clamp_min(1)
+    return BatchHard(losses, to_positive.detach(), to_negative.detach(), positive, negative, valid)
 
 
 def _normalized(x: Tensor) -> Tensor:
@@ -172,39 +181,28 @@ def _valid_anchors(persons: Tensor) -> Tensor:
     return (counts > 1) & (counts < len(persons))
 
 
-def _one_head(
-    x: Tensor, persons: Tensor, valid: Tensor, margin: float | None, product_dtype: torch.dtype | None
-) -> tuple[Tensor, ...]:
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    positive, negative = _mine(x.detach(), persons, product_dtype)
-    if product_dtype is None:
-        to_positive, to_negative = _Distances.apply(x, torch.stack((positive, negative)))
-    else:
-        to_positive, to_negative = (_noisy_distance(x, chosen, product_dtype) for chosen in (positive, negative))
-    gap = to_positive - to_negative
-    loss = -F.logsigmoid(-gap) if margin is None else (gap + margin).clamp_min(0)
-    mean = torch.where(valid, loss, 0).sum() / valid.sum().clamp_min(1)
-    return mean, to_positive.detach(), to_negative.detach(), positive, negative
+def _mine(features: Sequence[Tensor], persons: Tensor, product_dtype: torch.dtype | None) -> list[Tensor]:
+    """Farthest image of the anchor's person and nearest of another, (2, N) per head."""
+    rows = max(1, BLOCK_ELEMENTS // len(persons))
+    low = [x.to(product_dtype or x.dtype) for x in features]
+    squares = [torch.cat([block.square().sum(1) for block in x.split(rows)]) for x in features]
+    hardest: list[list[Tensor]] = [[] for _ in features]
+    for start in range(0, len(persons), rows):
+        block = slice(start, start + rows)
+        same = persons[block, None] == persons
+        other = ~same
+        for x, y, square, chosen in zip(features, low, squares, hardest):
+            product = (y[block] @ y.T).to(x.dtype)
+            distance = torch.sub(square[block, None] + square, product, alpha=2, out=product).clamp_min_(MIN_SQUARE)
+            positive = distance.masked_fill(other, -1).argmax(1)
+            chosen.append(torch.stack((positive, distance.masked_fill_(same, torch.inf).argmin(1))))
+    return [torch.cat(blocks, 1) for blocks in hardest]
 
 
-def _mine(x: Tensor, persons: Tensor, product_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    rows, low = max(1, BLOCK_ELEMENTS // len(x)), x.to(product_dtype or x.dtype)
-    squares = torch.cat([block.square().sum(1) for block in x.split(rows)])
-    hardest = []
-    for block, square, person in zip(low.split(rows), squares.split(rows), persons.split(rows)):
-        product = (block @ low.T).to(x.dtype)
-        distance = torch.sub(square[:, None] + squares, product, alpha=2, out=product).clamp_min_(MIN_SQUARE)
-        same = person[:, None] == persons
-        positive = distance.masked_fill(~same, -1).argmax(1)
-        hardest.append((positive, distance.masked_fill_(same, torch.inf).argmin(1)))
-    positives, negatives = zip(*hardest)
-    return torch.cat(positives), torch.cat(negatives)
-
-
-def _noisy_distance(x: Tensor, chosen: Tensor, product_dtype: torch.dtype) -> Tensor:
-    y = x[chosen]
-    product = (x.to(product_dtype).to(x.dtype) * y.to(product_dtype).to(x.dtype)).sum(1).to(product_dtype)
-    square = x.square().sum(1) + y.square().sum(1) - 2 * product.to(x.dtype)
+def _noisy_distances(x: Tensor, chosen: Tensor, product_dtype: torch.dtype) -> Tensor:
+    y = x[chosen]  # (2, N, D)
+    product = (x.to(product_dtype).to(x.dtype) * y.to(product_dtype).to(x.dtype)).sum(2).to(product_dtype)
+    square = x.square().sum(1) + y.square().sum(2) - 2 * product.to(x.dtype)
     return square.clamp_min(MIN_SQUARE).sqrt()
 
 

@@ -1,10 +1,11 @@
-"""The Transformer block: its equation, its start, dropout and drop path."""
+"""The Transformer block: its equation, dropout and drop path."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from fusionreid.blocks import Block, Mlp, SelfAttention
+from fusionreid.blocks import Block, SelfAttention
 from kernels import reference
 
 
@@ -16,14 +17,6 @@ def test_block_is_its_equation() -> None:
     y = y + block.mlp.fc2(F.gelu(block.mlp.fc1(F.layer_norm(y, (24,), eps=1e-6))))
     torch.testing.assert_close(block(x), y)
     assert block.mlp.fc1.out_features == 72
-
-
-def test_start_is_a_truncated_normal_without_bias() -> None:
-    attention = SelfAttention(192, 3, qkv_bias=True)
-    for linear in (attention.qkv, attention.proj, Mlp(192, 768).fc1):
-        assert 0.019 < linear.weight.std() < 0.021
-        assert linear.bias.count_nonzero() == 0
-    assert SelfAttention(192, 3, qkv_bias=False).qkv.bias is None
 
 
 def test_drop_path_drops_each_branch_per_image_and_keeps_the_mean() -> None:
@@ -47,6 +40,25 @@ def test_dropout_acts_in_training_only(rate: str) -> None:
     x = torch.randn(2, 5, 8)
     assert not torch.equal(block(x), block(x))
     torch.testing.assert_close(block.eval()(x), plain(x))
+
+
+def test_dropout_acts_at_every_place_of_its_own() -> None:
+    block = Block(8, 2, qkv_bias=False, norm_eps=1e-6, dropout=0.5)
+    calls: list[nn.Dropout] = []
+    for module in block.modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(lambda module, *_: calls.append(module))
+    for block.attn.attention_dropout in (0.0, 0.1):
+        block(torch.randn(2, 5, 8))
+        assert calls == [block.attn.drop, block.mlp.drop, block.mlp.drop]
+        calls.clear()
+    assert {module.p for module in (block.attn.drop, block.mlp.drop)} == {0.5}
+
+
+def test_attention_with_dropout_is_the_same_attention() -> None:
+    block = Block(24, 3, qkv_bias=True, norm_eps=1e-6, scale=0.1, attention_dropout=1e-12).double()
+    x = torch.randn(2, 7, 24, dtype=torch.double)
+    torch.testing.assert_close(block(x), block.eval()(x))
 
 
 def test_width_must_hold_the_heads() -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from fusionreid.backbones.vit import build_vit
+from fusionreid.blocks import Block
 from fusionreid.drop_path import Draws, DropPath
 
 STEP = torch.tensor(7)
@@ -43,6 +44,16 @@ def test_a_chunk_sees_its_own_factors_in_training_only() -> None:
     x = torch.randn(32, 5, 2)
     torch.testing.assert_close(layers[1](x), x * draws.factors[1, 16:48, None, None])
     assert layers.eval()[1](x) is x
+
+
+def test_the_branches_of_a_block_have_draws_of_their_own() -> None:
+    block = Block(8, 2, qkv_bias=False, norm_eps=1e-5, drop_path=0.5)
+    draws = Draws(block, 3, torch.arange(64))
+    draws.draw(STEP)
+    draws.show(slice(None))
+    x, (first, second) = torch.randn(64, 5, 8), draws.factors[:, :, None, None]
+    y = x + first * block.attn(block.norm1(x))
+    torch.testing.assert_close(block(x), y + second * block.mlp(block.norm2(y)))
 
 
 def test_every_drop_path_of_a_timm_model_is_ours() -> None:

@@ -47,6 +47,7 @@ def test_center_loss_matches_the_recorded_one_and_enters_by_its_weight() -> None
     assert_close("center", parts.center.detach(), RECORDED["f64/center"], 1e-9)
     assert_close("gradient", out.features[0].grad, RECORDED["f64/center_grad"], 1e-9)
     assert_close("gradient of centers", center.centers.grad, RECORDED["f64/center_grad_centers"], 1e-9)
+    assert_close("at its own center", center(center.centers[PERSONS], PERSONS), 1e-12, 1e-9)
 
 
 def test_the_total_is_the_sum_over_heads() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from engine.config import load_config
 from fusionreid import FusionReID, Outputs, build_model
@@ -94,6 +95,23 @@ def test_narrow_transformers_fuse(kind: str, width: int) -> None:
     """The published code builds their refinement units for 768 channels and fails at the first forward."""
     config = ModelConfig(TRANSFORMER_TYPE=kind, STRIDE_SIZE=(14, 14), HTM_MODE=3)
     assert run_on_meta(config).embedding("after").shape == (2, 2048 + width + 4 * 768)
+
+
+SETTINGS = {"DROP_PATH": 0.2, "DROP_OUT": 0.3, "ATT_DROP_RATE": 0.4, "SIE_COE": 2.0, "HTM_LAYER": 3, "HTM_MODE": 2}
+
+
+@pytest.mark.parametrize("kind", ["test_vit", "t2t_vit_t_14"])
+def test_settings_reach_their_parts(kind: str) -> None:
+    config = ModelConfig(TRANSFORMER_TYPE=kind, RES_NAME="resnet18", LAST_STRIDE=2, SIE_CAMERA=False, **SETTINGS)
+    with torch.device("meta"):
+        model = build_model(config, image_size=(64, 32))
+    vit, blocks = model.transformer, list(model.transformer.blocks)
+    assert (vit.sie_embed, vit.sie_weight, vit.drop.p) == (None, 2.0, 0.3)
+    assert {m.p for block in blocks for m in block.modules() if isinstance(m, nn.Dropout)} == {0.3}
+    assert {block.attn.attention_dropout for block in blocks} == {0.4}
+    assert blocks[-1].drop_path2.drop_prob == pytest.approx(0.2)
+    assert [(len(layer.encoders), len(layer.fusions)) for layer in model.htm.layers] == [(0, 2)] * 3
+    assert (model.cnn.name, model.cnn.last_stride) == ("resnet18", 2)
 
 
 def test_neck_no_concerns_the_cnn_alone() -> None:

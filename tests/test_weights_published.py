@@ -58,6 +58,15 @@ def test_load_published_puts_every_entry_in_its_place() -> None:
     assert_loaded(model, {name: state[theirs] for name, theirs in names.items()})
 
 
+def test_the_neck_that_neck_no_leaves_unused_is_skipped() -> None:
+    with torch.device("meta"):
+        model = build_model(ModelConfig(NECK="no", HTM_SHARE="none"), num_classes=16)
+    state = recorded("vitb_s12_r50_l2")
+    skipped = load_published(model, state).skipped
+    assert skipped == [n for n in state if n.startswith("resnet.bottleneck.") or n.endswith(UNUSED)]
+    assert len(skipped) == 5 + 2
+
+
 @pytest.mark.parametrize("share", ["encoder", "fusion", "all"])
 def test_other_sharing_is_named(share: str) -> None:
     with (

@@ -51,6 +51,7 @@ class ResNet(TimmResNet):
         self.width: int = self.num_features
 
     def reset_parameters(self) -> None:
+        """He's start; the published code leaves torch's, and loads weights over it."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusionreid.backbones.vit import ViT
-from fusionreid.blocks import Block, Mlp, init_linear
+from fusionreid.blocks import Block, Mlp
 from kernels import dual_self_attention
 
 SIZES = {"t2t_vit_t_14": (384, 14, 6), "t2t_vit_t_24": (512, 24, 8)}  # width, blocks, heads
@@ -27,11 +27,6 @@ class TokenAttention(nn.Module):
         self.scale = in_width**-0.5
         self.qkv = nn.Linear(in_width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        init_linear(self.qkv)
-        init_linear(self.proj)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, 1, -1))  # (B, N, 3, 1, D)

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from fusionreid.backbones import BackboneError
-from fusionreid.blocks import SelfAttention, init_linear
+from fusionreid.blocks import SelfAttention
 from fusionreid.drop_path import take_over
 
 
@@ -68,10 +68,12 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The published start of every weight of the backbone."""
+        """The published start of every weight of the backbone; the bias of a convolution is 0, as CLIP has none."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                init_linear(module)
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:

@@ -130,7 +130,7 @@ def test_page_is_whole_escaped_and_self_contained(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("highest", "expected"),
-    [(15, [0, 5, 10, 15]), (42.6, [0, 10, 20, 30, 40]), (0.7, [0, 0.2, 0.4, 0.6]), (180, [0, 50, 100, 150])],
+    [(15, [0, 5, 10, 15]), (42.6, [0, 10, 20, 30, 40]), (0.35, [0, 0.1, 0.2, 0.3]), (180, [0, 50, 100, 150])],
 )
 def test_ticks_are_round(highest: float, expected: list[float]) -> None:
     assert ticks(highest) == pytest.approx(expected)

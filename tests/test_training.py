@@ -76,9 +76,7 @@ def test_a_broken_run_ends_in_the_same_bits(root: Path, unbroken: Path, tmp_path
     assert steps == [(line["step"], line["loss"]) for line in lines(unbroken)]
 
 
-def test_evaluations_of_a_run_decode_query_and_gallery_once(
-    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluations_of_a_run_decode_query_and_gallery_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
 
     def counting(paths: list[str], *how: Any) -> torch.Tensor:
@@ -91,7 +89,6 @@ def test_evaluations_of_a_run_decode_query_and_gallery_once(
     assert sorted(decoded) == sorted(map(str, images))
     assert evaluate(arguments(tmp_path, tmp_path)) == 0
     assert len(decoded) == len(images)
-    assert lines(tmp_path)[-1]["loss"] == lines(unbroken)[-1]["loss"]
     mAP = json.loads((tmp_path / "metrics.json").read_text())["results"]["FusionReID"]["mAP"]
     assert evaluate(arguments(tmp_path, tmp_path, DATALOADER__CACHE="none")) == 0
     assert len(decoded) > len(images)

@@ -7,14 +7,13 @@ person stands in, at the same position, so that the plan of an epoch stays what 
 import fcntl
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dataloading.index import condemn, describe, scan, write_whole
+from dataloading.index import condemn, describe, look, scan, write_whole
 from dataloading.oddities import oddities
 from dataloading.records import PARTS, DataError, Record, Split, shown
 
@@ -67,6 +66,18 @@ class BadImages:
             log.warning("%s: %s; %s names them", split.name, note, self._list)
         return replace(split, **used, note="; ".join(filter(None, [split.note, note])))
 
+    def check_images(self, records: Sequence[Record]) -> tuple[Record, ...]:
+        """Images of no data set as far as they can be used, or DataError; header and end are read, nothing is kept."""
+        faults = {record.path: fault for record in records if (fault := look(record.path).fault)}
+        self.total = len(records)
+        if faults and not (self.on_bad == "skip" and len(faults) * TOLERATED <= self.total):
+            raise DataError(self._refusal(faults))
+        if faults and self.main:
+            log.warning(
+                "image files passed over: %s", ", ".join(f"{shown(path)}: {why}" for path, why in faults.items())
+            )
+        return tuple(record for record in records if record.path not in faults)
+
     def late(self, record: Record, error: BaseException, instead: Record | None) -> None:
         """Name a training file that turned bad; DataError if nothing stands in for it or too many have turned bad."""
         reason = describe(error)
@@ -85,7 +96,7 @@ class BadImages:
         count = count or len(faults)
         named = [f"  {shown(path)}: {fault}" for path, fault in sorted(faults.items())[:NAMED]]
         more = [f"  and {count - len(named):,} more"] if count > len(named) else []
-        remedy = f"replace them or take them out; {self._list} names all"
+        remedy = "replace them or take them out" + (f"; {self._list} names all" if self.folder else "")
         if self.on_bad == "skip":
             remedy += f"; DATASETS.ON_BAD skip bears with one file in {TOLERATED:,}"
         elif count * TOLERATED <= self.total:
@@ -116,12 +127,9 @@ class BadImages:
 def _locked(folder: Path) -> Iterator[None]:
     """One process at a time: every rank may have something to add."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with open(folder / f".{FILE}.lock", "w") as lock:  # NFS locks only what is open for writing: no folder
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def candidates(records: Sequence[Record], position: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Decoded training images that stay: one file beside the data set, mapped into memory or copied to the GPU whole."""
+"""Decoded images that stay: one file beside the data set, mapped into memory or copied to the GPU."""
 
 import fcntl
 import hashlib
@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,10 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dataloading.records import DataError, shown
+from dataloading.records import shown
 
 DEVICE_SHARE, HOST_SHARE = 0.25, 0.5  # of the memory now free: activations, workers and other users need the rest
 Place = Literal["device", "host", "none"]
+Filling = Iterator[tuple[Sequence[int], Tensor]]  # of batches in order: the images that are shown, and pixels
+Fill = Callable[[], Filling]
 
 
 class ResidentPixels:
@@ -28,15 +30,17 @@ class ResidentPixels:
     pages of the file, which all processes share and the system may drop; a batch goes to a GPU through pinned memory.
     """
 
-    def __init__(self, images: Tensor, place: Place, device: torch.device) -> None:
+    def __init__(self, images: Tensor, place: Place, device: torch.device, first: int = 0) -> None:
+        """`first` is the position of the first of these images, where they are a share."""
         self._images: Tensor | None = images.to(device) if place == "device" else images
+        self._first = first
         self._stays = place == "device" or device.type == "cpu"  # where it is augmented: no batch is gathered
 
     def __call__(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor | None]]:
         """For each batch of positions all images and those rows of them; or its images, pinned on their way."""
         if self._images is None:
             raise RuntimeError("the loader is closed")
-        rows = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *batches])).to(self._images.device)
+        rows = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *batches]) - self._first).to(self._images.device)
         for part in rows.split([len(batch) for batch in batches]):
             if self._stays:
                 yield self._images, part
@@ -48,9 +52,9 @@ class ResidentPixels:
         self._images = None
 
 
-def place_for(num_bytes: int, device: torch.device) -> Place:
-    """Where so many bytes of images may stay: device before host, with room left for all else."""
-    if device.type == "cuda" and num_bytes <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+def place_for(num_bytes: int, device: torch.device, on_device: int) -> Place:
+    """Where images may stay: device, which holds its share, before host, which holds all; room is left for all else."""
+    if device.type == "cuda" and on_device <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
         return "device"
     return "host" if num_bytes <= HOST_SHARE * free_host_memory() else "none"
 
@@ -65,37 +69,45 @@ def free_host_memory() -> int:
 
 
 def load_or_fill(
-    file: Path, root: str, paths: Sequence[str], size: tuple[int, int], how: str, fill: Callable[[], Iterator[Tensor]]
-) -> Tensor:
+    file: Path, root: str, paths: Sequence[str], size: tuple[int, int], how: str, fill: Fill | None
+) -> Tensor | None:
     """(N, H, W, 3) uint8 mapped from `file`, in the order of `paths`; read-only by agreement.
 
-    Where the file is missing, damaged, or of other images, one process of all that ask fills it from `fill`, batches
-    in order, while the others wait. `how` says what besides the files decides the pixels. OSError: no writing there.
+    Where the file is missing, damaged, or of other images, one process of all that ask fills it, while the others wait;
+    without `fill` it is left as it is, and None comes back. `how` says what besides the files decides the pixels.
+    OSError: no writing there.
     """
-    digest = digest_of(root, paths, f"{how} {size[0]} x {size[1]}")
+    what, marks = f"{how} {size[0]} x {size[1]}", [_mark(root, path) for path in paths]
+    digest = _digest(what, marks)
+    if (images := _map(file, digest)) is not None or fill is None:
+        return images
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # free again as soon as its owner has ended, however
         images = _map(file, digest)
         if images is None:
-            _write(file, (len(paths), *size, 3), digest, fill())
-            images = _map(file, digest)
+            images = _map(file, _write(file, (len(paths), *size, 3), what, marks, fill()))
     if images is None:
         raise OSError(f"{shown(file)} has been overwritten or does not hold what was written")
     return images
 
 
-def digest_of(root: str, paths: Sequence[str], how: str) -> str:
-    """Of the names under `root`, sizes and times of all files in order, without opening them."""
-    digest = hashlib.blake2b(how.encode(), digest_size=16)
-    for path in paths:
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise DataError(f"cannot read the image {shown(path)}: {error.strerror}") from error
-        name = os.fsencode(os.path.relpath(path, root))
-        digest.update(b"%b\0%d %d\n" % (name, status.st_size, status.st_mtime_ns))
+def _digest(what: str, marks: Iterable[bytes]) -> str:
+    """Of files in order: nothing is opened."""
+    digest = hashlib.blake2b(what.encode(), digest_size=16)
+    for mark in marks:
+        digest.update(mark)
     return digest.hexdigest()
+
+
+def _mark(root: str, path: str) -> bytes:
+    """Name under `root`, size and time of a file."""
+    name = os.fsencode(os.path.relpath(path, root))
+    try:
+        status = os.stat(path)
+    except OSError:  # gone: no file of decoded images has it, so it will be missed when it is read
+        return b"%b\0\n" % name
+    return b"%b\0%d %d\n" % (name, status.st_size, status.st_mtime_ns)
 
 
 def _map(file: Path, digest: str) -> Tensor | None:
@@ -109,25 +121,37 @@ def _map(file: Path, digest: str) -> Tensor | None:
     return None
 
 
-def _write(file: Path, shape: tuple[int, ...], digest: str, batches: Iterator[Tensor]) -> None:
-    """A safetensors file written as the batches come; under its name only once it is whole."""
+def _write(file: Path, shape: tuple[int, ...], what: str, marks: Sequence[bytes], batches: Filling) -> str:
+    """A safetensors file written as the batches come; under its name only once it is whole. Its digest."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     num_bytes = int(np.prod(shape))
-    entry = {"dtype": "U8", "shape": shape, "data_offsets": (0, num_bytes)}
-    header = json.dumps({"__metadata__": {"digest": digest}, "images": entry}).encode()
-    header += b" " * (-len(header) % 8)
+    header = _header(shape, num_bytes, "0" * len(_digest(what, [])))
     if num_bytes > shutil.disk_usage(file.parent).free:
         raise OSError(f"{shown(file.parent)} has no room for {num_bytes * 1e-9:.1f} GB of decoded images")
-    partial = file.with_suffix(".partial")
+    for left in file.parent.glob(f"{file.stem}.*.partial"):  # by a process that was killed
+        left.unlink(missing_ok=True)
+    # A name of its own: where a file system locks on each host alone, two would write to one file.
+    partial, held = file.with_suffix(f".{os.urandom(4).hex()}.partial"), list[bytes]()
     try:
-        with open(partial, "wb") as out, tqdm(desc="decoding", total=shape[0], unit=" images", disable=None) as bar:
-            out.write(struct.pack("<Q", len(header)) + header)
-            for pixels in batches:
+        with open(partial, "xb") as out, tqdm(desc="decoding", total=shape[0], unit=" images", disable=None) as bar:
+            out.write(header)
+            for positions, pixels in batches:
                 out.write(pixels.cpu().numpy().data)
+                held += [marks[position] for position in positions]
                 bar.update(len(pixels))
+            out.seek(0)
+            out.write(_header(shape, num_bytes, digest := _digest(what, held)))
             out.flush()
             os.fsync(out.fileno())
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+    return digest
+
+
+def _header(shape: tuple[int, ...], num_bytes: int, digest: str) -> bytes:
+    entry = {"dtype": "U8", "shape": shape, "data_offsets": (0, num_bytes)}
+    header = json.dumps({"__metadata__": {"digest": digest}, "images": entry}).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header

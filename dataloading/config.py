@@ -52,5 +52,5 @@ class DataloaderConfig(Section):
     NUM_WORKERS: Annotated[int, Field(ge=0, le=512)] = 14  # decoding processes; 0: decode in the main process
     NUM_INSTANCE: PositiveInt = 16  # images per person in a batch
     BACKEND: Literal["auto", "dali", "torchvision"] = "auto"  # what decodes; auto: DALI on a GPU, if it is installed
-    CACHE: Literal["auto", "device", "host", "none"] = "auto"  # where training images stay; auto: where they fit
+    CACHE: Literal["auto", "device", "host", "none"] = "auto"  # where decoded images stay; auto: where they fit
     SAMPLER: Annotated[str, "a batch is always persons x instances"] = "softmax_triplet"

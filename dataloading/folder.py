@@ -11,11 +11,12 @@ from dataloading.market1501 import layout_error
 from dataloading.records import PARTS, DataError, Record, Split, list_images, shown
 
 COLUMNS = ("path", "person", "camera", "split")
-CAMERA = re.compile(r"(?:^|[^a-z0-9])c(\d+)(?=s\d|[^a-z0-9]|$)", re.IGNORECASE)
+CAMERA = re.compile(r"(?:^|[^a-z0-9])c(?:am|amera)?(\d+)(?=s\d|[^a-z0-9]|$)", re.IGNORECASE)
 LAYOUT = """\
   train/<person>/<image>, query/<person>/<image>, gallery/<person>/<image>
-  the camera is c<number> in the image's name (c3_0001.jpg, 17_c3s1_02.jpg),
-  or a folder: train/<person>/<camera>/<image>"""
+  the camera is c<number> in the image's name (c3_0001.jpg, 17_c3s1_02.jpg, cam3-1.png, camera3.jpg),
+  or a folder: train/<person>/<camera>/<image>
+persons in no such folders yet, or cameras with names: README.md, "Your own cameras", makes a list for NAMES csv"""
 CSV_LAYOUT = """\
   DATASETS.ROOT_DIR names a CSV file, paths are relative to its folder:
   path,person,camera,split

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 import torch
@@ -10,11 +10,10 @@ from torch import Tensor
 
 from dataloading.bad_images import BadImages
 from dataloading.config import DataloaderConfig, InputConfig
-from dataloading.decode import BICUBIC, BILINEAR, decode
-from dataloading.pixels import for_training, from_files
+from dataloading.decode import BICUBIC, BILINEAR
+from dataloading.pixels import Images
 from dataloading.plan import EpochPlan, epoch_plan
 from dataloading.records import Record, Split, check_batch
-from dataloading.retry import Reader
 from kernels.augmentation import augment, normalize
 
 
@@ -51,17 +50,13 @@ class TrainLoader:
         self.rank, self.world_size, self.device, self.dtype = rank, world_size, torch.device(device), dtype
         self._input, self._labels = input_cfg, np.array(split.labels)
         self._cameras = np.array([record.camera for record in split.train])
-        self._reader = Reader(split.train, partial(decode, size=input_cfg.SIZE_TRAIN, resize=BICUBIC), bad_images)
-        self._pixels, self.note = for_training(
-            [record.path for record in split.train],
-            input_cfg.SIZE_TRAIN,
-            BICUBIC,
-            loader_cfg,
-            root=split.root,
-            batch_size=batch_size // world_size,
-            device=self.device,
-            otherwise=self._reader,
-        )
+        images = Images(
+            "train", split.train, input_cfg.SIZE_TRAIN, BICUBIC, loader_cfg,
+            batch_size=batch_size // world_size, device=self.device, bad_images=bad_images,
+        )  # fmt: skip
+        self._instead = images.reader.instead
+        resident, self.note = images.resident(split.root)
+        self._pixels = resident or images.decoded()
         self._plan: tuple[int, EpochPlan] | None = None  # of the last epoch asked for
 
     def plan(self, epoch: int) -> EpochPlan:
@@ -99,7 +94,7 @@ class TrainLoader:
         persons, cameras = labels[image], cameras[image]
         pixels = self._pixels([plan.image[part] for part in slices])
         for (decoded, rows), part in zip(pixels, slices):
-            for position, instead in self._reader.instead.items():  # nearly always none
+            for position, instead in self._instead.items():  # nearly always none
                 cameras[image == position] = int(self._cameras[instead])
             images = augment(
                 decoded.to(self.device, non_blocking=True),
@@ -121,9 +116,11 @@ class TrainLoader:
 
 
 class TestLoader:
-    """Every record once, in order, resized and normalised; the last batch may be smaller. Can be iterated again.
+    """This rank's share of the records, in order, resized and normalised; can be iterated again.
 
-    The images are decoded each time: an evaluation sees each of them once.
+    All ranks take equally many images, the last ones the last record more than once, because a sharded model computes
+    in step; the last batch may be smaller. With `root`, the folder of the data set, the images are resident where there
+    is a file of them or, with `fill`, room for one; else they are decoded each time. `note` says which.
     """
 
     __test__ = False  # no test class, whatever its name
@@ -135,40 +132,47 @@ class TestLoader:
         loader_cfg: DataloaderConfig,
         *,
         batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        root: str = "",
+        fill: bool = False,
     ) -> None:
-        self.batch_size, self.device, self.dtype = batch_size, torch.device(device), dtype
-        self._input, self._num_records = input_cfg, len(records)
-        self._indices = torch.arange(len(records), device=self.device)
-        self._persons = torch.tensor([record.person for record in records], dtype=torch.int64).to(self.device)
-        self._cameras = torch.tensor([record.camera for record in records], dtype=torch.int64).to(self.device)
-        self._pixels = from_files(
-            [record.path for record in records],
-            input_cfg.SIZE_TEST,
-            BILINEAR,
-            loader_cfg,
-            batch_size=batch_size,
-            device=self.device,
-            otherwise=Reader(records, partial(decode, size=input_cfg.SIZE_TEST, resize=BILINEAR)),
+        self.records, self.batch_size = records, batch_size
+        self.device, self.dtype, self._input = torch.device(device), dtype, input_cfg
+        last, share = len(records) - 1, -(-len(records) // world_size)
+        positions = np.minimum(np.arange(rank * share, (rank + 1) * share), last)
+        self._positions = np.split(positions, range(batch_size, share, batch_size))
+        self._indices = torch.from_numpy(positions).to(self.device)
+        persons, cameras = ([getattr(record, what) for record in records] for what in ("person", "camera"))
+        self._persons = torch.tensor(persons, dtype=torch.int64).to(self.device)[self._indices]
+        self._cameras = torch.tensor(cameras, dtype=torch.int64).to(self.device)[self._indices]
+        self._images = Images(
+            "test", records, input_cfg.SIZE_TEST, BILINEAR, loader_cfg, batch_size=batch_size, device=self.device
         )
+        mine = slice(int(positions[0]), int(positions[-1]) + 1)
+        self._resident, self.note = self._images.resident(root, mine, fill=fill) if root else (None, "")
 
     def __len__(self) -> int:
-        return -(-self._num_records // self.batch_size)
+        return len(self._positions)
 
     def __iter__(self) -> Iterator[Batch]:
         return _beside(self._batches(), self.device)
 
     def _batches(self) -> Iterator[Batch]:
-        starts = range(0, self._num_records, self.batch_size)
-        slices = [slice(start, min(start + self.batch_size, self._num_records)) for start in starts]
-        for (decoded, _), part in zip(self._pixels([np.arange(part.start, part.stop) for part in slices]), slices):
-            pixels = decoded.to(self.device, non_blocking=True)
-            images = normalize(pixels, self._input.PIXEL_MEAN, self._input.PIXEL_STD, self.dtype)
-            yield Batch(images, self._persons[part], self._cameras[part], self._indices[part])
-
-    def close(self) -> None:
-        self._pixels.close()
+        pixels = self._resident or self._images.decoded()
+        try:
+            start = 0
+            for decoded, rows in pixels(self._positions):
+                given = decoded if rows is None else decoded.index_select(0, rows)
+                given = given.to(self.device, non_blocking=True)
+                images = normalize(given, self._input.PIXEL_MEAN, self._input.PIXEL_STD, self.dtype)
+                part = slice(start, start := start + len(images))
+                yield Batch(images, self._persons[part], self._cameras[part], self._indices[part])
+        finally:
+            if self._resident is None:
+                pixels.close()
 
 
 def _beside(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -1,18 +1,23 @@
 """Where pixels come from: files that processes or DALI decode, or images that are resident in memory."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dataloading.cache import Place, ResidentPixels, load_or_fill, place_for
+from dataloading.bad_images import BadImages
+from dataloading.cache import Filling, Place, ResidentPixels, load_or_fill, place_for
 from dataloading.config import DataloaderConfig
-from dataloading.decode import Filter
+from dataloading.decode import Filter, decode
 from dataloading.index import index_folder
-from dataloading.records import DataError, shown
+from dataloading.records import DataError, Record, shown
+from dataloading.retry import Reader
 from dataloading.worker import FilePixels
 
 JPEG_SHARE = 0.99  # of the files have a JPEG's name where DALI is worth its while: it hands the others back
@@ -32,25 +37,83 @@ class Pixels(Protocol):
         """End all processes and free the memory; a call then raises."""
 
 
-def from_files(
-    paths: Sequence[str],
-    size: tuple[int, int],
-    resize: Filter,
-    cfg: DataloaderConfig,
-    *,
-    batch_size: int,
-    device: torch.device,
-    otherwise: Callable[[Sequence[int]], Tensor],
-) -> Pixels:
-    """Files decoded whenever they are asked for; `otherwise` reads a batch with a file that cannot be read."""
-    if backend(cfg, paths, device) == "torchvision":
-        return FilePixels(paths, size, resize, cfg.NUM_WORKERS, otherwise=otherwise, pin=device.type == "cuda")
-    from dataloading.dali import DaliPixels  # installed only where it is wanted
+class Images:
+    """The images of one part of a data set at one size: decoded whenever they are asked for, or resident in memory."""
 
-    return DaliPixels(
-        paths, size, resize,
-        batch_size=batch_size, num_threads=cfg.NUM_WORKERS, device=device, otherwise=otherwise,
-    )  # fmt: skip
+    def __init__(
+        self,
+        part: Literal["train", "test"],
+        records: Sequence[Record],
+        size: tuple[int, int],
+        resize: Filter,
+        cfg: DataloaderConfig,
+        *,
+        batch_size: int,
+        device: torch.device,
+        bad_images: BadImages | None = None,
+    ) -> None:
+        self.part, self.size, self.resize, self.cfg = part, size, resize, cfg
+        self.batch_size, self.device = batch_size, device
+        self.paths = [record.path for record in records]
+        self.reader = Reader(records, partial(decode, size=size, resize=resize), bad_images)
+
+    def decoded(self) -> Pixels:
+        """Every image anew, each time."""
+        paths, size, resize, cfg = self.paths, self.size, self.resize, self.cfg
+        if backend(cfg, paths, self.device) == "torchvision":
+            pin = self.device.type == "cuda"
+            return FilePixels(paths, size, resize, cfg.NUM_WORKERS, otherwise=self.reader, pin=pin)
+        from dataloading.dali import DaliPixels  # installed only where it is wanted
+
+        return DaliPixels(
+            paths, size, resize,
+            batch_size=self.batch_size, num_threads=cfg.NUM_WORKERS, device=self.device, otherwise=self.reader,
+        )  # fmt: skip
+
+    def resident(
+        self, root: str, share: slice = slice(None), *, fill: bool = True
+    ) -> tuple[ResidentPixels | None, str]:
+        """Those of `share` as DATALOADER.CACHE and the room allow, or None; and a line that says which, with sizes.
+
+        The file lies in the index folder of `root`; without `fill` it is used only if it is there.
+        """
+        size, cfg = self.size, self.cfg
+        num_bytes = len(self.paths) * size[0] * size[1] * 3
+        place, how = self._place(num_bytes, share), f"{backend(cfg, self.paths, self.device)} {self.resize}"
+        part = f"{Path(root).stem}-{self.part}" if os.path.isfile(root) else self.part  # lists may lie side by side
+        name = f".fusionreid-{part}-{size[0]}x{size[1]}-{how.replace(' ', '-')}.safetensors"
+        file = index_folder(root) / name
+        what = f"{len(self.paths):,} {self.part} images of {size[0]} x {size[1]}, {num_bytes * 1e-6:,.0f} MB decoded"
+        images = None
+        try:
+            if place != "none":
+                images = load_or_fill(file, root, self.paths, size, how, self._fill if fill else None)
+        except OSError as error:
+            if self.part == "train" and cfg.CACHE != "auto":
+                remedy = "set none to decode every image anew"
+                raise DataError(f"DATALOADER.CACHE {cfg.CACHE}: {error}; {remedy}") from error
+            log.warning("%s; every image is decoded anew", error)
+        if images is None:
+            return None, f"{what}: decoded anew by {how.split()[0]} each time"
+        pixels = ResidentPixels(images[share], place, self.device, share.start or 0)
+        return pixels, f"{what}: resident in {place} memory, from {shown(file)}"
+
+    def _place(self, num_bytes: int, share: slice) -> Place:
+        """Where all images, or their share, stay. Only training images may claim the device's memory."""
+        if self.cfg.CACHE == "auto" or (self.cfg.CACHE == "device" and self.part == "test"):
+            return place_for(num_bytes, self.device, num_bytes * len(self.paths[share]) // len(self.paths))
+        if self.cfg.CACHE == "device" and self.device.type != "cuda":
+            raise DataError("DATALOADER.CACHE device needs a GPU; set host, or auto")
+        return self.cfg.CACHE
+
+    def _fill(self) -> Filling:
+        pixels = self.decoded()
+        batches = np.split(np.arange(len(self.paths)), range(self.batch_size, len(self.paths), self.batch_size))
+        try:
+            for batch, (images, _) in zip(batches, pixels(batches)):
+                yield [self.reader.instead.get(i, i) for i in batch.tolist()], images
+        finally:
+            pixels.close()
 
 
 def backend(cfg: DataloaderConfig, paths: Sequence[str], device: torch.device) -> Backend:
@@ -69,46 +132,3 @@ def backend(cfg: DataloaderConfig, paths: Sequence[str], device: torch.device) -
         log.warning("DALI cannot be used, processes decode on the CPU: %s; %s", error, remedy)
         return "torchvision"
     return "dali"
-
-
-def for_training(
-    paths: Sequence[str],
-    size: tuple[int, int],
-    resize: Filter,
-    cfg: DataloaderConfig,
-    *,
-    root: str,
-    batch_size: int,
-    device: torch.device,
-    otherwise: Callable[[Sequence[int]], Tensor],
-) -> tuple[Pixels, str]:
-    """Resident images where DATALOADER.CACHE and the room allow, else files; and a line that says which, with sizes."""
-    num_bytes = len(paths) * size[0] * size[1] * 3
-    place: Place = place_for(num_bytes, device) if cfg.CACHE == "auto" else cfg.CACHE
-    if place == "device" and device.type != "cuda":
-        raise DataError("DATALOADER.CACHE device needs a GPU; set host, or auto")
-    how = f"{backend(cfg, paths, device)} {resize}"
-    file = index_folder(root) / f".fusionreid-train-{size[0]}x{size[1]}-{how.replace(' ', '-')}.safetensors"
-
-    def files() -> Pixels:
-        return from_files(paths, size, resize, cfg, batch_size=batch_size, device=device, otherwise=otherwise)
-
-    def fill() -> Iterator[Tensor]:
-        pixels = files()
-        try:
-            for images, _ in pixels(np.split(np.arange(len(paths)), range(batch_size, len(paths), batch_size))):
-                yield images
-        finally:
-            pixels.close()
-
-    what = f"{len(paths):,} training images of {size[0]} x {size[1]}, {num_bytes * 1e-6:,.0f} MB decoded"
-    if place != "none":
-        try:
-            images = load_or_fill(file, root, paths, size, how, fill)
-            return ResidentPixels(images, place, device), f"{what}: resident in {place} memory, from {shown(file)}"
-        except OSError as error:
-            if cfg.CACHE != "auto":
-                remedy = "set none to decode every image anew"
-                raise DataError(f"DATALOADER.CACHE {cfg.CACHE}: {error}; {remedy}") from error
-            log.warning("%s; every image is decoded anew", error)
-    return files(), f"{what}: decoded anew by {how.split()[0]} in every epoch"

@@ -11,6 +11,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -78,21 +79,30 @@ class FilePixels:
         if self._closed:
             raise RuntimeError("the loader is closed")
         self._batches[:] = batches
-        try:
+        with _pipes():
             pixels: Any = iter(self._loader)
-            if self._end is None and self._loader.num_workers:
-                # For when this is dropped, and for the exit, which else would send SIGTERM and wait for ever.
-                self._end = weakref.finalize(self, pixels._shutdown_workers)
-                atexit.register(self._end)
-            for decoded, batch in zip(pixels, batches):
-                yield self._otherwise(batch.tolist()) if isinstance(decoded, DataError) else decoded, None
-        except (OSError, EOFError) as error:  # the pipe to a worker broke
-            raise RuntimeError("a decoding worker has ended; was it killed, or is memory short?") from error
+        if self._end is None and self._loader.num_workers:
+            # For when this is dropped, and for the exit, which else would send SIGTERM and wait for ever.
+            self._end = weakref.finalize(self, pixels._shutdown_workers)
+            atexit.register(self._end)
+        for batch in batches:
+            with _pipes():
+                decoded = next(pixels)
+            yield self._otherwise(batch.tolist()) if isinstance(decoded, DataError) else decoded, None
 
     def close(self) -> None:
         self._closed = True
         if self._end is not None:
             self._end()
+
+
+@contextmanager
+def _pipes() -> Iterator[None]:
+    """A worker's that breaks means that it has ended."""
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        raise RuntimeError("a decoding worker has ended; was it killed, or is memory short?") from error
 
 
 def fork_server() -> BaseContext:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from dataloading import read_split
 from dataloading.bad_images import BadImages
+from dataloading.loader import TestLoader
 from dataloading.records import DataError, Record, Split
 from engine import embeddings, parallel
 from engine.config import Config
-from engine.features import NonFiniteError, check_finite, embed
+from engine.features import NonFiniteError, check_finite, embed, images_of
 from engine.parallel import Ranks
 from engine.rerank import rerank_blocks
 from engine.restore import Trained, build, find_checkpoint, restore
@@ -67,9 +68,11 @@ def _plain(name: str) -> str:
     return re.sub("[^a-z0-9]", "", name.lower()).removesuffix("reid")
 
 
-def evaluate(model: nn.Module, split: Split, cameras: Sequence[int], cfg: Config, ranks: Ranks) -> Evaluation:
+def evaluate(
+    model: nn.Module, split: Split, images: TestLoader, cameras: Sequence[int], cfg: Config, ranks: Ranks
+) -> Evaluation:
     """Embed query and gallery and rank the gallery for every query, re-ranked if TEST.RE_RANKING says so."""
-    features = embed(model, (*split.query, *split.gallery), cameras, cfg, ranks)
+    features = embed(model, images, cameras, cfg, ranks)
     rankings = rank_all("plain", features, len(split.query), split_ids(split), cfg, ranks)
     return Evaluation(features, rankings.get("re-ranked", rankings["plain"]))
 
@@ -129,7 +132,8 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
     check_matches(*ids)
     cameras = known_cameras(trained, split, cfg)
     model = parallel.shard(trained.model.to(ranks.device), ranks)
-    features = embed(model, records, cameras, cfg, ranks, folder)
+    images = images_of(records, cfg, ranks, root=split.root)
+    features = embed(model, images, cameras, cfg, ranks, folder)
     source = {
         "data": split.name, "note": split.note, "split": describe_data(split), "checkpoint": str(path),
         "TEST": cfg.TEST.model_dump(mode="json"),
@@ -140,7 +144,7 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
     if baselines:
         torch.manual_seed(cfg.SOLVER.SEED)
         untrained = build(cfg, split.num_persons, max(trained.cameras) + 1).to(ranks.device)
-        vectors = embed(parallel.shard(untrained, ranks), records, cameras, cfg, ranks)
+        vectors = embed(parallel.shard(untrained, ranks), images, cameras, cfg, ranks)
         rankings["untrained"] = rank_features(vectors[: len(split.query)], vectors[len(split.query) :], ids, ranks)
         query, gallery = (torch.from_numpy(colour_histogram(part)) for part in (split.query, split.gallery))
         rankings["colour histogram"] = rank_features(query, gallery, ids, ranks)

@@ -191,8 +191,11 @@ def _memory(cfg: Config, split: Split | None) -> tuple[str, None]:
     shared = f"{_gb(free)} free in {SHARED}, {cfg.DATALOADER.NUM_WORKERS} decoding processes need {_gb(needed)}"
     if free < needed:
         raise Unfit(f"{shared}: enlarge it (a container's --shm-size), or set DATALOADER.NUM_WORKERS lower", 6)
-    height, width = cfg.INPUT.SIZE_TRAIN
-    images = f", the training images decoded are {_gb(3 * height * width * len(split.train))}" if split else ""
+    images = ""
+    if split:
+        counts = len(split.train), len(split.query) + len(split.gallery)
+        train, test = (_gb(3 * h * w * count) for ((h, w), _), count in zip(sizes, counts, strict=True))
+        images = f", decoded the training images are {train}, query and gallery {test}"
     return f"{_gb(free_host_memory())} free{images}\n{shared}", None
 
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dataloading.bad_images import BadImages
 from dataloading.loader import TestLoader
 from dataloading.records import Record, find_images
 from engine import embeddings, parallel
@@ -25,54 +26,63 @@ class NonFiniteError(ArithmeticError):
     exit_code = 5
 
 
+def images_of(
+    records: Sequence[Record], cfg: Config, ranks: Ranks, *, root: str = "", fill: bool = False
+) -> TestLoader:
+    """This rank's share of the records, as the configuration has them."""
+    return TestLoader(
+        records, cfg.INPUT, cfg.DATALOADER, batch_size=cfg.TEST.IMS_PER_BATCH,
+        rank=ranks.rank, world_size=ranks.world_size, device=ranks.device, root=root, fill=fill,
+    )  # fmt: skip
+
+
 @torch.no_grad()
 def embed(
     model: nn.Module,
-    records: Sequence[Record],
+    images: TestLoader,
     cameras: Sequence[int],
     cfg: Config,
     ranks: Ranks,
     folder: Path | None = None,
 ) -> Tensor:
-    """Test vectors (N, D) of all records in order, float32 on the CPU of every rank.
+    """Test vectors (N, D) of all images of all ranks in order, float32 on the CPU of every rank.
 
     `cameras` are those that training saw. With a folder the vectors lie in its draft, which the caller finishes, and no
-    rank holds them all. All ranks take equally many images, the last one some twice, because a sharded model computes
-    in step.
+    rank holds them all.
     """
-    share = -(-len(records) // ranks.world_size)
-    first = ranks.rank * share
-    mine = [records[min(i, len(records) - 1)] for i in range(first, first + share)]
+    count = len(images.records)
+    share = -(-count // ranks.world_size)
     known = torch.tensor(list(cameras), dtype=torch.int64, device=ranks.device)
     model.eval()
     rows, done = torch.empty(0), 0
-    loader = TestLoader(mine, cfg.INPUT, cfg.DATALOADER, batch_size=cfg.TEST.IMS_PER_BATCH, device=ranks.device)
-    for batch in loader:
+    batches = iter(images)
+    batch = next(batches, None)
+    while batch is not None:
         seen = known_only(batch.cameras, known)
         with parallel.autocast(cfg.SOLVER.PRECISION, ranks.device):
-            feature = feature_vectors(model, batch.images, seen, test=cfg.TEST).cpu()
+            feature = feature_vectors(model, batch.images, seen, test=cfg.TEST)
+        batch = next(batches, None)  # before the wait for this one's features: a GPU still computes them
         if not done:
-            rows = _storage(len(records), share, feature.shape[1], ranks, folder)
-        rows[done : done + len(feature)] = feature[: len(rows) - done]
+            rows = _storage(count, share, feature.shape[1], ranks, folder)
+        rows[done : done + len(feature)] = feature[: len(rows) - done].cpu()
         done += len(feature)
-    loader.close()
     if folder is None:
-        features = parallel.gather_rows(rows)[: len(records)]
+        features = parallel.gather_rows(rows)[:count]
     else:
         dist.barrier()
-        features = embeddings.draft(folder, len(records), rows.shape[1], create=False)
+        features = embeddings.draft(folder, count, rows.shape[1], create=False)
         dist.barrier()  # only now may the draft be renamed
-    check_finite(features, records)
+    check_finite(features, images.records)
     return features
 
 
 def embed_images(cfg: Config, path: Path, folder: Path | None = None) -> Embeddings | None:
     """Features of the images at a path by the model of the configuration; None on all ranks but the main one."""
-    records = find_images(path)
     ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
+    records = BadImages(cfg.DATASETS.ON_BAD, main=ranks.main).check_images(find_images(path))
     checkpoint = find_checkpoint(cfg)
     model = parallel.shard(restore(checkpoint, cfg).model.to(ranks.device), ranks)
-    features = embed(model, records, (), cfg, ranks, folder)
+    features = embed(model, images_of(records, cfg, ranks), (), cfg, ranks, folder)
     source = {"data": str(path), "checkpoint": str(checkpoint), "TEST": cfg.TEST.model_dump(mode="json")}
     return Embeddings(features, records, 0, source) if ranks.main else None
 

@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from dataloading import read_split
 from dataloading.bad_images import BadImages
-from dataloading.loader import TrainLoader
+from dataloading.loader import TestLoader, TrainLoader
 from dataloading.records import check_batch, scarce_persons
 from engine import checkpoint, memory, parallel
 from engine.config import Config
 from engine.door import Stop, lock
 from engine.evaluation import Evaluation, NonFiniteError, check_cameras, evaluate, split_ids
+from engine.features import images_of
 from engine.optim import Optimizer
 from engine.restore import build, config_of, load_model
 from engine.retrieval import check_matches
@@ -193,7 +195,7 @@ class Run:
         parallel.equalise_statistics(self.model)
         average = self.train_step.average
         with average.shown() if average else nullcontext():
-            result = evaluate(self.model, self.split, self.split.cameras, self.cfg, self.ranks)
+            result = evaluate(self.model, self.split, self.test_images, self.split.cameras, self.cfg, self.ranks)
         parallel.reshard(self.model)
         self.metrics.event(f"epoch {self.epoch - 1}: {result.ranking.summary()}")
         if self.ranks.main:
@@ -202,6 +204,14 @@ class Run:
             if not self.failed_saves and (best is None or score > best.score):
                 checkpoint.mark_best(folder, self.step, score)
         return result
+
+    @cached_property
+    def test_images(self) -> TestLoader:
+        """Query and gallery, resident from the first evaluation on: training has taken its memory by then."""
+        records = (*self.split.query, *self.split.gallery)
+        images = images_of(records, self.cfg, self.ranks, root=self.split.root, fill=True)
+        self.say(images.note)
+        return images
 
     def much_is_unsaved(self) -> bool:
         """Whether rank 0's clock says so; all ranks save together."""

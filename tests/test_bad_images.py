@@ -1,5 +1,7 @@
 """Bad files before the first step: rows 13 and 28."""
 
+import errno
+import fcntl
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +94,22 @@ def test_evaluation_asks_for_query_and_gallery_only(split, tmp_path):
     assert listed(tmp_path) == []
 
 
+def test_images_of_no_data_set_are_all_looked_at_first(split, tmp_path, caplog):
+    before = sorted(tmp_path.rglob("*"))
+    assert BadImages().check_images(split.query) == split.query
+    paths = sorted([spoil(split.gallery[7]), spoil(split.query[3], b"")])
+    for rule in ("error", "skip"):
+        with pytest.raises(DataError, match=r"^2 of 1,600 image files cannot be used:") as caught:
+            BadImages(rule).check_images((*split.query, *split.gallery))
+        assert all(path in str(caught.value) for path in paths)
+        assert "names all" not in str(caught.value)
+    used = BadImages("skip").check_images((*split.train, *split.query, *split.query))
+    assert split.query[3] not in used
+    assert len(used) == 1998
+    assert f"{split.query[3].path}: empty file" in caplog.text
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_person_without_another_image(split, tmp_path):
     alone = Record(spoil(Record(split.train[0].path, 99, 0)), 99, 0)
     lonely = Split("own", split.root, (alone, *split.train[1:]), split.query, split.gallery)
@@ -125,4 +143,17 @@ def test_processes_that_name_files_at_once_lose_none(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(name_ten, range(4)))
     assert len({line["path"] for line in listed(tmp_path)}) == 40
-    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".{FILE}.lock", FILE]
+
+
+def test_a_file_is_named_where_only_what_is_open_for_writing_can_be_locked(tmp_path, monkeypatch):
+    """As on NFS."""
+
+    def flock(file, how):
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    rule = BadImages("skip", tmp_path, total=100_000)
+    rule.late(Record("/a.jpg", 1, 0), ValueError("x"), Record("/other.jpg", 1, 0))
+    assert [line["path"] for line in listed(tmp_path)] == ["/a.jpg"]

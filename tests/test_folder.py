@@ -45,6 +45,26 @@ def test_camera_in_the_name(tmp_path):
     assert (split.num_persons, split.num_cameras) == (2, 1)
 
 
+@pytest.mark.parametrize("name", ["cam3_1.jpg", "Camera3.jpg", "x-CAM03-1.png", "c3s2_1.jpg"])
+def test_a_camera_spelt_out(tmp_path, name):
+    make(tmp_path, f"train/a/{name}", "query/b/cam4.jpg", "gallery/b/came5_c3.jpg")
+    split = read("folder", tmp_path)
+    assert [getattr(split, part)[0].camera for part in ("train", "query", "gallery")] == [0, 1, 0]
+
+
+def test_the_list_that_the_readme_makes(tmp_path, monkeypatch):
+    make(tmp_path / "crops", *(f"{person}/{camera}_{i}.jpg" for person in ("anna", "Jörg, M", "p 3", "p4", "p5")
+                               for camera in ("hall 2_b", "Tür") for i in range(3)), "p4/.DS_Store")  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split("## Your own cameras")[1]
+    exec(text.split("```python")[1].split("```")[0], {})
+    split = read("csv", tmp_path / "crops.csv")
+    assert [len(getattr(split, part)) for part in ("train", "query", "gallery")] == [18, 4, 8]
+    assert {r.camera for r in split.train} == {r.camera for r in split.query} == {0, 1}
+    assert not {r.person for r in split.train} & {r.person for r in (*split.query, *split.gallery)}
+    assert all(os.path.isfile(r.path) for r in (*split.train, *split.query, *split.gallery))
+
+
 def test_a_folder_per_camera_and_links_that_lead_back(tmp_path):
     make(tmp_path, "train/a/hall/1.jpg", "train/a/door/1.jpg", "query/b/hall/c9.jpg", "gallery/b/door/1.jpg")
     (tmp_path / "train/a/loop").symlink_to(tmp_path / "train")

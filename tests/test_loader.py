@@ -123,7 +123,6 @@ def test_a_bad_file_is_named(split, workers, tmp_path):
     with pytest.raises(DataError, match=r"^cannot read the image .*bad\.jpg: ") as caught:
         next(batches)
     assert "Traceback" not in str(caught.value)
-    test.close()
 
 
 def test_evaluation_takes_every_image_once_in_order(split):

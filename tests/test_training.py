@@ -4,11 +4,13 @@ import json
 import random
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from dataloading.decode import decode_batch
 from engine import checkpoint
 from engine.evaluate import main as evaluate
 from engine.train import main as train
@@ -72,6 +74,25 @@ def test_a_broken_run_ends_in_the_same_bits(root: Path, unbroken: Path, tmp_path
         assert all(torch.equal(ours[part][name], theirs[part][name]) for name in ours[part])
     steps = [(line["step"], line["loss"]) for line in lines(tmp_path)]
     assert steps == [(line["step"], line["loss"]) for line in lines(unbroken)]
+
+
+def test_evaluations_of_a_run_decode_query_and_gallery_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[str] = []
+
+    def counting(paths: list[str], *how: Any) -> torch.Tensor:
+        decoded.extend(paths)
+        return decode_batch(paths, *how)
+
+    monkeypatch.setattr("dataloading.worker.decode_batch", counting)
+    assert train(arguments(tmp_path, tmp_path, SOLVER__EVAL_PERIOD=1)) == 0
+    images = list((tmp_path / "synthetic").glob("*/*.jpg"))
+    assert sorted(decoded) == sorted(map(str, images))
+    assert evaluate(arguments(tmp_path, tmp_path)) == 0
+    assert len(decoded) == len(images)
+    mAP = json.loads((tmp_path / "metrics.json").read_text())["results"]["FusionReID"]["mAP"]
+    assert evaluate(arguments(tmp_path, tmp_path, DATALOADER__CACHE="none")) == 0
+    assert len(decoded) > len(images)
+    assert json.loads((tmp_path / "metrics.json").read_text())["results"]["FusionReID"]["mAP"] == mAP
 
 
 def test_two_processes_train_and_one_evaluates(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Decoding processes under signals, sudden death, and the end of their parent."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -7,9 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dataloading import Split
+from dataloading.decode import BICUBIC
+from dataloading.worker import FilePixels
 from tests.test_loader import loader, make_split, worker_pids
 
 
@@ -45,6 +49,16 @@ def test_a_killed_worker_is_an_error(split):
     with pytest.raises(RuntimeError, match="worker"):
         list(train.batches(1))
     train.close()
+
+
+def test_a_full_disk_is_not_blamed_on_a_worker(tmp_path):
+    def no_room(positions):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "bad.jpg").write_bytes(b"")
+    pixels = FilePixels([str(tmp_path / "bad.jpg")], (32, 16), BICUBIC, 0, otherwise=no_room)
+    with pytest.raises(OSError, match="No space left on device"):
+        next(pixels([np.array([0])]))
 
 
 STARTING = """

@@ -48,13 +48,13 @@ def attention_maps(
 
     hooks = [unit.attn.register_forward_hook(note_shares) for unit in fusions]
     hooks += [unit.register_forward_hook(note_grid) for unit in (model.cnn_lru, model.transformer_lru)]
-    loader = TestLoader(records, cfg.INPUT, cfg.DATALOADER, batch_size=len(records), device=ranks.device)
+    here = cfg.DATALOADER.model_copy(update={"NUM_WORKERS": 0})  # a handful of images
+    images = TestLoader(records, cfg.INPUT, here, batch_size=len(records), device=ranks.device)
     known = torch.tensor(list(cameras), dtype=torch.int64, device=ranks.device)
     model.eval()
-    for batch in loader:
+    for batch in images:
         with parallel.autocast(cfg.SOLVER.PRECISION, ranks.device):
             model(batch.images, known_only(batch.cameras, known))
-    loader.close()
     for hook in hooks:
         hook.remove()
     by_cnn, by_transformer = (share.cpu() for share in shares)  # in the order of the streams

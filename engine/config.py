@@ -109,7 +109,7 @@ ReRanking = Annotated[Literal[False, True, "published"], BeforeValidator(_word)]
 class TestConfig(Section):
     """What is evaluated, and how."""
 
-    WEIGHT: str = ""  # checkpoint to evaluate; empty: the best or newest in OUTPUT_DIR
+    WEIGHT: str = ""  # checkpoint to evaluate; empty: the newest in OUTPUT_DIR; best: of the highest mAP
     IMS_PER_BATCH: PositiveInt = 256
     FEAT: Annotated[int, Field(ge=0, le=6)] = 0  # 0: all heads concatenated; 1..6: one of them
     NECK_FEAT: Literal["before", "after"] = "before"  # features before or after the batch norm neck

@@ -1,7 +1,7 @@
 """The door of embedding: the images in a folder, and in the folders inside it, become rows of a file of features.
 
 `python engine/embed.py --config_file FILE --images FOLDER --output FOLDER [KEY VALUE ...]`; the model is TEST.WEIGHT or
-the best checkpoint in OUTPUT_DIR. Cameras are unknown, so a model with camera embeddings uses their mean.
+the newest checkpoint in OUTPUT_DIR. Cameras are unknown, so a model with camera embeddings uses their mean.
 """
 
 import argparse

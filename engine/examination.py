@@ -20,7 +20,7 @@ from dataloading.worker import BATCHES_AHEAD
 from engine import checkpoint
 from engine.config import Config
 from engine.evaluation import check_cameras, split_ids
-from engine.restore import build
+from engine.restore import build, find_checkpoint
 from engine.retrieval import check_matches
 from fusionreid import FusionReID
 from fusionreid.formats import read_state
@@ -159,11 +159,11 @@ def _weights(cfg: Config, split: Split | None) -> tuple[str, FusionReID]:
 
 
 def _checkpoint(cfg: Config) -> tuple[str, None]:
-    path = Path(cfg.TEST.WEIGHT)
     if not cfg.TEST.WEIGHT:
         folder = Path(cfg.OUTPUT_DIR) / "checkpoints"
         newest = checkpoint.latest(folder)
         return (f"training goes on from {newest}" if newest else f"none in {folder}: training starts anew"), None
+    path = find_checkpoint(cfg)
     if path.is_dir():
         checkpoint.verify(path)
     else:

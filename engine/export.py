@@ -1,7 +1,7 @@
 """The door of export: a trained model as one file that runs without this code, checked against the model it is from.
 
 `python engine/export.py --config_file FILE --output model.onnx [KEY VALUE ...]` writes ONNX, for ONNX Runtime, TensorRT
-and others; a name that ends in .pt2 is a program for `torch.export.load`. The model is TEST.WEIGHT or the best
+and others; a name that ends in .pt2 is a program for `torch.export.load`. The model is TEST.WEIGHT or the newest
 checkpoint in OUTPUT_DIR; the vector is the one that TEST describes, in fp32. Beside it, a file of the same name with
 .json says what goes in, what comes out, and how far it was off when it was checked.
 """

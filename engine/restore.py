@@ -49,20 +49,19 @@ def config_of(state: Mapping[str, Any], path: Path) -> Config:
 
 
 def find_checkpoint(cfg: Config) -> Path:
-    """TEST.WEIGHT, or the best or newest checkpoint of the run in OUTPUT_DIR."""
-    if cfg.TEST.WEIGHT:
+    """TEST.WEIGHT, or the newest checkpoint of the run in OUTPUT_DIR; `best` is the one of the highest mAP in training.
+
+    Not by default: it is chosen by the very images that it is measured on.
+    """
+    if cfg.TEST.WEIGHT not in ("", "best"):
         return Path(cfg.TEST.WEIGHT)
     folder = Path(cfg.OUTPUT_DIR) / "checkpoints"
-    best = checkpoint.best(folder)
-    if best is not None:
-        try:
-            checkpoint.verify(best.path)
-            return best.path
-        except CheckpointError as error:
-            log.warning("the best checkpoint cannot be used, the newest is taken: %s", error)
-    path = checkpoint.latest(folder)
+    best = checkpoint.best(folder) if cfg.TEST.WEIGHT else None
+    path = best.path if best else checkpoint.latest(folder)
     if path is None:
         raise CheckpointError(f"no checkpoint in {folder}: train first, or name one with TEST.WEIGHT")
+    if cfg.TEST.WEIGHT and not best:
+        raise CheckpointError(f"no checkpoint in {folder} has been evaluated in training: leave TEST.WEIGHT empty")
     return path
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.retrieval import Metric, part
-from kernels import neighbour_lists
+from kernels import full_precision, neighbour_lists
 
 BLOCK_ROWS = 256
 PAIR_ELEMENTS = 2**18  # feature values compared at once
@@ -71,7 +71,7 @@ def rerank_blocks(
     size = max(1, DISTANCES // (num_images - num_query))
     for start in range(queries.start, queries.stop, size):
         block = slice(start, min(start + size, queries.stop))
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features):
             distance = torch.addmm(squares[num_query:], features[block], features[num_query:].T, alpha=-2)
         distance.add_(squares[block, None]).clamp_min_(0).mul_(weight / farthest[block, None])
         overlap = distance.new_zeros(distance.numel())

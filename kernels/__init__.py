@@ -1,5 +1,6 @@
 """The public list of ops: each has its twin in plain torch, without tricks, in `kernels.reference`."""
 
+from kernels._distances import full_precision
 from kernels.augmentation import augment
 from kernels.class_attention import ClassStream, dual_cross_attention
 from kernels.cross_entropy import smoothed_cross_entropy
@@ -17,6 +18,7 @@ __all__ = [
     "batch_hard_triplet",
     "dual_cross_attention",
     "dual_self_attention",
+    "full_precision",
     "nearest_neighbours",
     "neighbour_lists",
     "rank_counts",

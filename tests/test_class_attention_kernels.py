@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from kernels import dual_cross_attention
-from tests.test_class_attention import check_accuracy, make_stream
+from kernels import dual_cross_attention, reference
+from tests.numerics import assert_as_accurate
+from tests.test_class_attention import cast, check_accuracy, make_stream
 
 pytestmark = pytest.mark.usefixtures("triton_path")
 
@@ -20,6 +21,15 @@ BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.needs_gpu("the interpreter
 @pytest.mark.parametrize("shape", KERNEL_SHAPES)
 def test_they_are_as_accurate_as_plain_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check_accuracy(shape, dtype)
+
+
+@pytest.mark.parametrize("width", [30, 257])
+def test_a_large_mean_does_not_cancel_the_variance(width: int) -> None:
+    stream = make_stream(2, 17, 3, 4, width)
+    stream = stream._replace(tokens=(stream.tokens + 1000).float().double())
+    out = dual_cross_attention(cast(stream, torch.float32))
+    low, gold = (reference.dual_cross_attention(cast(stream, dtype)) for dtype in (torch.float32, torch.double))
+    assert_as_accurate("context", out, low, gold)
 
 
 def test_they_are_well_behaved_operators() -> None:

@@ -69,6 +69,17 @@ def test_farther_and_farther_needs_no_second_look(monkeypatch: pytest.MonkeyPatc
     assert [piece.stop - piece.start for piece in pieces] == [128, 256, 384, 232]
 
 
+@pytest.mark.parametrize("first", [0, 398])
+def test_the_bound_is_that_of_all_spans(first: int) -> None:
+    """In one span the fast product is off by more than two rows differ; the other one alone has no error."""
+    query, gallery = torch.full((1, 700), 100 / 254), torch.zeros(400, 700)
+    query[0, :2] = 127
+    gallery[first : first + 2, 1] = 127
+    gallery[first, 0] = 0.4 / 254  # nearer by 0.4
+    gallery[first + 1, 2:] = 100 / 254**2  # by 0.9, which the product leaves out
+    check(query, gallery, 2)
+
+
 def test_lists_of_some_rows() -> None:
     _, features = made_up(1, 300, 20, "spread", 2)
     found = neighbour_lists(*on_device(features), 9, rows=slice(90, 250))

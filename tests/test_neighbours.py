@@ -85,6 +85,11 @@ def _best_cosine(rows: torch.Tensor) -> torch.Tensor:
     return (unit @ unit.T).fill_diagonal_(-2).max(1).values
 
 
+def test_no_row_is_nearer_than_itself() -> None:
+    farthest = torch.cat([nearest_neighbours(row, row, 1).farthest for row in torch.randn(50, 1, 129)])
+    assert (farthest >= 0).all()
+
+
 @pytest.mark.parametrize("k", [0, 5])
 def test_k_must_fit_the_gallery(k: int) -> None:
     with pytest.raises(ValueError, match=f"k must be 1 to 4, the size of the gallery, got {k}"):

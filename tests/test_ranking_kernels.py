@@ -122,6 +122,20 @@ def test_the_error_bound_holds_and_is_not_vacuous(width: int, kind: str, normali
         assert (bound < _distances.error_bound(queries, items, slice(0, 10)) / 2).all()
 
 
+@pytest.mark.parametrize("parts", [(1, 2), (2, 1), (3, 0), (0, 3)])
+def test_the_error_bound_holds_where_what_is_left_out_is_largest(parts: tuple[int, int]) -> None:
+    """Aligned parts of two rows whose product is not taken: x1 with y2, and the rest, here part 3, with all of y."""
+    query, gallery = (torch.full((1, 2000), (127.0, 100 / 254, 100 / 254**2, 0.45 / 254**2)[part]) for part in parts)
+    query[0, :2], gallery[0, :2] = torch.tensor([127.0, 0]), torch.tensor([0, 127.0])  # steps of 1
+    query *= 64  # else the rounding of |y|^2 may be larger
+    queries, items = _rows.Rows("query", query, False), _rows.Rows("gallery", gallery, False)
+    mine, theirs = (ranking_tiles.split_rows(rows, torch.zeros(1, dtype=torch.long)) for rows in (queries, items))
+    fast = -2 * kept_product(mine, theirs)[0, 0].double()
+    error = (fast + 2 * (query.double() * gallery.double()).sum()).abs()
+    bound = ranking_tiles.error_bound(mine, theirs, queries.length, items.length[0], 2000)[0]
+    assert bound / 2 < error <= bound
+
+
 def kept_product(query: ranking_tiles.Split, gallery: ranking_tiles.Split) -> Tensor:
     """Of all rows, as the kernel sums it."""
     x, y = (rows.parts.unflatten(1, (-1, 3, ranking_tiles.BLOCK_D)).double().unbind(2) for rows in (query, gallery))

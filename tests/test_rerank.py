@@ -120,6 +120,18 @@ def test_autocast_changes_nothing() -> None:
     assert torch.equal(result, k_reciprocal(query, gallery))
 
 
+def test_products_are_those_of_float32_whatever_the_program_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, product, met = torch.backends.cuda.matmul, torch.addmm, []
+    monkeypatch.setattr(torch, "addmm", lambda *a, **b: met.append(backend.fp32_precision) or product(*a, **b))
+    backend.fp32_precision = "tf32"
+    try:
+        k_reciprocal(*made_up(9, 40, 5, "spread", 0))
+        assert met == ["ieee"]
+        assert backend.fp32_precision == "tf32"
+    finally:
+        backend.fp32_precision = "none"
+
+
 def test_equal_images_stay_finite() -> None:
     assert k_reciprocal(torch.ones(3, 4), torch.ones(8, 4)).isfinite().all()
 

@@ -82,3 +82,11 @@ def test_equal_images_tie_with_the_anchor_itself_and_nearly_equal_ones_do_not_pu
     equal = batch_hard_triplet([torch.ones(4, 3)], persons)
     assert equal.positive_indices.tolist() == [[0, 0, 2, 2]]
     assert equal.negative_indices.tolist() == [[2, 2, 0, 0]]
+
+
+@pytest.mark.usefixtures("triton_path")
+@pytest.mark.parametrize("small", [0, 1024])
+def test_squares_that_cancel_below_zero_still_count(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triplet, "SMALL", small)
+    mined = batch_hard_triplet([90 + 1e-4 * torch.randn(48, 20)], torch.arange(48) // 2)
+    assert mined.valid.all()

@@ -56,6 +56,8 @@ class SolverConfig(Section):
     WEIGHT_DECAY_BIAS: NonNegativeFloat = 1e-4
     WARMUP_ITERS: NonNegativeInt = 10  # epochs of linear warm-up, before the cosine
     MARGIN: NonNegativeFloat = 0.3  # of the triplet loss where MODEL.NO_MARGIN is no
+    COSINE_MARGIN: Annotated[float, Field(ge=0, lt=1)] = 0.5  # of MODEL.ID_LOSS_TYPE cosface, or in radians of arcface
+    COSINE_SCALE: PositiveFloat = 30.0  # of the cosines in that loss
     CENTER_LR: PositiveFloat = 0.5  # rate of the centers where MODEL.IF_WITH_CENTER is yes
     CENTER_LOSS_WEIGHT: NonNegativeFloat = 0.0005
     PRECISION: Literal["fp32", "bf16", "fp16"] = "bf16"  # of activations; weights are fp32, fp16 scales the loss
@@ -80,8 +82,6 @@ class SolverConfig(Section):
     RANGE_ALPHA: Annotated[float, "there is no range loss"] = 0.0
     RANGE_BETA: Annotated[float, "there is no range loss"] = 1.0
     RANGE_LOSS_WEIGHT: Annotated[float, "there is no range loss"] = 1.0
-    COSINE_MARGIN: Annotated[float, "the classifier has no margin"] = 0.5
-    COSINE_SCALE: Annotated[float, "the classifier has no scale"] = 30.0
 
 
 def _word(value: Any) -> Any:
@@ -163,6 +163,8 @@ class Config(Section):
             idle["PARALLEL.GRAPH"] = "apex's kernels would keep the first learning rate"
         if self.MODEL.NO_MARGIN:
             idle["SOLVER.MARGIN"] = "MODEL.NO_MARGIN is yes"
+        if self.MODEL.ID_LOSS_TYPE == "softmax":
+            idle["SOLVER.COSINE_MARGIN"] = idle["SOLVER.COSINE_SCALE"] = "MODEL.ID_LOSS_TYPE is softmax"
         if not self.MODEL.IF_WITH_CENTER:
             idle["SOLVER.CENTER_LR"] = idle["SOLVER.CENTER_LOSS_WEIGHT"] = "MODEL.IF_WITH_CENTER is no"
         values = {key: attrgetter(key)(self) for key in idle}

@@ -18,7 +18,7 @@ from engine.graph import Graphed
 from engine.optim import Optimizer
 from engine.parallel import Ranks
 from fusionreid.drop_path import Draws
-from fusionreid.losses import CenterLoss, head_names, reid_loss
+from fusionreid.losses import CenterLoss, CosineMargin, head_names, reid_loss
 from fusionreid.model import Outputs
 
 
@@ -175,9 +175,13 @@ def fits_graph(cfg: Config, ranks: Ranks) -> bool:
 def loss_options(cfg: Config, center_loss: CenterLoss | None) -> dict[str, Any]:
     """What `reid_loss` is asked for."""
     model, solver = cfg.MODEL, cfg.SOLVER
+    cosine_margin = None
+    if model.ID_LOSS_TYPE != "softmax":
+        cosine_margin = CosineMargin(model.ID_LOSS_TYPE, solver.COSINE_MARGIN, solver.COSINE_SCALE)
     return {
         "margin": None if model.NO_MARGIN else solver.MARGIN,
         "label_smoothing": 0.1 if model.IF_LABELSMOOTH else 0.0,
+        "cosine_margin": cosine_margin,
         "id_weight": model.ID_LOSS_WEIGHT,
         "triplet_weight": model.TRIPLET_LOSS_WEIGHT,
         "center_loss": center_loss,

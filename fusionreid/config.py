@@ -45,6 +45,7 @@ class ModelConfig(Section):
     SIE_COE: float = 3.0  # factor of that embedding
     NECK: Annotated[Literal["bnneck", "no"], BeforeValidator(_no)] = "bnneck"  # batch norm before the CNN's classifier
     IF_LABELSMOOTH: Switch = True  # label smoothing 0.1 in the identity loss
+    ID_LOSS_TYPE: Literal["softmax", "cosface", "arcface"] = "softmax"  # the others: cosines with a margin and a scale
     ID_LOSS_WEIGHT: NonNegativeFloat = 1.0
     TRIPLET_LOSS_WEIGHT: NonNegativeFloat = 1.0
     NO_MARGIN: Switch = True  # soft-margin triplet loss; no: SOLVER.MARGIN
@@ -53,7 +54,6 @@ class ModelConfig(Section):
     NAME: Annotated[str, "the model is FusionReID"] = "FusionReID"
     DEVICE_ID: Annotated[str, Field(strict=False, coerce_numbers_to_str=True), "set CUDA_VISIBLE_DEVICES"] = "0"
     DIST_TRAIN: Annotated[Switch, "torchrun decides how many processes train"] = False
-    ID_LOSS_TYPE: Annotated[str, "the identity loss is the softmax cross-entropy"] = "softmax"
     METRIC_LOSS_TYPE: Annotated[str, "triplet always; IF_WITH_CENTER adds the center loss"] = "triplet"
     SIE_VIEW: Annotated[Switch, "no data set here labels the view"] = False
 

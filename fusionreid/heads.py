@@ -3,17 +3,19 @@
 Source: Luo et al., Bag of Tricks for Deep Person Re-identification, arXiv:1903.07071.
 """
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class Head(nn.Module):
     """The triplet loss sees the input, the classifier the normalised output; the neck's bias is frozen at 0.
 
-    With `neck=False` nothing is normalised.
+    With `neck=False` nothing is normalised. With `cosines` the logits are cosines between -1 and 1.
     """
 
-    def __init__(self, width: int, num_classes: int, *, neck: bool = True) -> None:
+    def __init__(self, width: int, num_classes: int, *, neck: bool = True, cosines: bool = False) -> None:
         super().__init__()
+        self.cosines = cosines
         self.norm: nn.Module = nn.Identity()
         if neck:
             self.norm = nn.BatchNorm1d(width)
@@ -26,4 +28,6 @@ class Head(nn.Module):
 
     def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         normed = self.norm(feature)
+        if self.cosines:
+            return normed, F.linear(F.normalize(normed), F.normalize(self.classifier.weight))
         return normed, self.classifier(normed)  # (B, D), (B, Y)

@@ -1,5 +1,6 @@
 """The training loss: label-smoothed identity loss and batch-hard triplet loss of every head; center loss on one."""
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -25,6 +26,30 @@ class LossParts(NamedTuple):
     center: Tensor  # (), not weighted, 0 without a center loss
 
 
+class CosineMargin(NamedTuple):
+    """Makes logits of cosines, with that of an image's own person harder: cos - m (cosface), cos(angle + m) (arcface).
+
+    Past the angle pi - m, where that cosine would rise again, arcface goes on as cos - m sin m.
+    Source: Wang et al., CosFace, arXiv:1801.09414; Deng et al., ArcFace, arXiv:1801.07698.
+    """
+
+    kind: str  # cosface or arcface
+    margin: float
+    scale: float
+
+    def __call__(self, cosines: Tensor, persons: Tensor) -> Tensor:
+        """(B, Y) -> (B, Y) in fp32 at least."""
+        cosines = cosines.to(torch.promote_types(cosines.dtype, torch.float32))
+        own = cosines.gather(1, persons[:, None])
+        if self.kind == "cosface":
+            harder = own - self.margin
+        else:
+            sine = (1 - own.square()).clamp_min(1e-6).sqrt()  # its slope is infinite at 0
+            turned = own * math.cos(self.margin) - sine * math.sin(self.margin)
+            harder = torch.where(own > -math.cos(self.margin), turned, own - self.margin * math.sin(self.margin))
+        return self.scale * cosines.scatter(1, persons[:, None], harder)
+
+
 class CenterLoss(nn.Module):
     """Mean squared distance of a feature to the learnt center of its person. Source: Wen et al., ECCV 2016."""
 
@@ -47,6 +72,7 @@ def reid_loss(
     *,
     margin: float | None = None,
     label_smoothing: float = 0.1,
+    cosine_margin: CosineMargin | None = None,
     id_weight: float = 1.0,
     triplet_weight: float = 1.0,
     center_loss: CenterLoss | None = None,
@@ -55,10 +81,11 @@ def reid_loss(
 ) -> LossParts:
     """Sum over the heads of identity and triplet loss; persons are labels (B,). `margin=None`: soft margin.
 
-    `product_dtype` is that of `batch_hard_triplet`.
+    `cosine_margin` is for outputs whose logits are cosines; `product_dtype` is that of `batch_hard_triplet`.
     The published code's other rule, for a head that is itself a list, is left out: no model has such a head.
     """
-    identity = smoothed_cross_entropy(outputs.logits, persons, label_smoothing)
+    logits = outputs.logits if cosine_margin is None else [cosine_margin(z, persons) for z in outputs.logits]
+    identity = smoothed_cross_entropy(logits, persons, label_smoothing)
     triplet = batch_hard_triplet(outputs.features, persons, margin=margin, product_dtype=product_dtype).losses
     center = center_loss(outputs.features[0], persons) if center_loss is not None else identity.new_zeros(())
     total = id_weight * identity.sum() + triplet_weight * triplet.sum() + center_weight * center

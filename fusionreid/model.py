@@ -44,7 +44,8 @@ class FusionReID(nn.Module):
 
     `cnn`: images -> (B, C, h, w), with `.width`; `transformer`: images, cameras -> (B, 1 + N, C), with `.width` and
     `.grid`. Each refinement unit is as wide as its branch, so T2T-ViT-24 and DeiT-S fuse too; the published code
-    builds it for 768 channels there and cannot run. `neck` False takes the batch norm from the CNN's head alone.
+    builds it for 768 channels there and cannot run. `neck` False takes the batch norm from the CNN's head alone;
+    `cosines` makes the logits of all heads cosines.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class FusionReID(nn.Module):
         share: Share = "encoder",
         mode: int = 0,
         neck: bool = True,
+        cosines: bool = False,
     ) -> None:
         super().__init__()
         if cnn is None and transformer is None:
@@ -66,15 +68,15 @@ class FusionReID(nn.Module):
         self.heads = nn.ModuleList()
         if cnn is not None:
             self.cnn_pool = GeM()
-            self.heads.append(Head(cnn.width, num_classes, neck=neck))
+            self.heads.append(Head(cnn.width, num_classes, neck=neck, cosines=cosines))
         if transformer is not None:
-            self.heads.append(Head(transformer.width, num_classes))
+            self.heads.append(Head(transformer.width, num_classes, cosines=cosines))
         if cnn is not None and transformer is not None:
             self.cnn_lru = LRU(cnn.width, width)
             self.transformer_lru = LRU(transformer.width, width)
             self.cnn_lru_pool, self.transformer_lru_pool = GeM(), GeM()
             self.htm = HTM(width, layers, share=share, mode=mode)
-            self.heads.extend(Head(width, num_classes) for _ in range(4))
+            self.heads.extend(Head(width, num_classes, cosines=cosines) for _ in range(4))
 
     def reset_parameters(self) -> None:
         """The start of every weight, after `to_empty` on a model that was built on the meta device."""
@@ -130,6 +132,7 @@ def build_model(
         share=config.HTM_SHARE,
         mode=config.HTM_MODE,
         neck=config.NECK == "bnneck",
+        cosines=config.ID_LOSS_TYPE != "softmax",
     )
 
 

@@ -104,10 +104,10 @@ def test_the_cnn_alone_may_be_tested_at_another_size() -> None:
 
 
 def test_keys_without_effect_are_noted_once() -> None:
-    overrides = ["SOLVER.GAMMA=0.1", "SOLVER.STEPS=[1, 2]", "SOLVER.MARGIN=0.5", "MODEL.ID_LOSS_TYPE=arcface"]
+    overrides = ["SOLVER.GAMMA=0.1", "SOLVER.STEPS=[1, 2]", "SOLVER.MARGIN=0.5", "SOLVER.COSINE_SCALE=20"]
     notes = load_config(FILES[0], overrides).notes
-    assert [note.split(": ")[0] for note in notes] == ["MODEL.ID_LOSS_TYPE", "SOLVER.STEPS", "SOLVER.MARGIN"]
-    assert notes[1] == "SOLVER.STEPS: (1, 2) has no effect: the schedule is a cosine"
+    assert [note.split(": ")[0] for note in notes] == ["SOLVER.STEPS", "SOLVER.MARGIN", "SOLVER.COSINE_SCALE"]
+    assert notes[0] == "SOLVER.STEPS: (1, 2) has no effect: the schedule is a cosine"
     assert len(load_config(FILES[0], [*overrides, "MODEL.NO_MARGIN=no"]).notes) == 2
 
 

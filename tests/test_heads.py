@@ -29,3 +29,10 @@ def test_without_neck_the_classifier_sees_the_feature() -> None:
     assert normed is feature
     torch.testing.assert_close(logits, feature @ head.classifier.weight.T)
     assert [name for name, _ in head.named_parameters()] == ["classifier.weight"]
+
+
+def test_cosines_do_not_depend_on_any_length() -> None:
+    head, feature = Head(8, 5, neck=False, cosines=True), torch.randn(3, 8)
+    _, logits = head(feature)
+    expected = torch.nn.functional.cosine_similarity(feature[:, None], head.classifier.weight[None], dim=2)
+    torch.testing.assert_close(logits, expected)

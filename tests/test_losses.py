@@ -1,11 +1,12 @@
 """The training loss: recorded identity, triplet and center losses, their weighted sum, and the corners of each."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fusionreid.losses import HEADS, CenterLoss, head_names, reid_loss
+from fusionreid.losses import HEADS, CenterLoss, CosineMargin, head_names, reid_loss
 from tests.numerics import assert_close, entry_value, load_case
 
 META, RECORDED = load_case("modules/losses")
@@ -81,3 +82,26 @@ def test_a_bad_head_shows_in_its_own_place() -> None:
 def test_head_names() -> None:
     assert head_names(True, True) == HEADS
     assert (head_names(True, False), head_names(False, True)) == (("resnet",), ("transformer",))
+
+
+@pytest.mark.parametrize("kind", ["cosface", "arcface"])
+def test_a_margin_makes_the_own_person_harder(kind: str) -> None:
+    margin, scale, persons = 0.4, 20.0, torch.tensor([2, 0, 1])
+    cosines = torch.tensor([[0.1, -0.5, 0.8], [-0.3, 0.9, 0.2], [0.7, -0.99, 0.4]], dtype=torch.double)
+    logits = CosineMargin(kind, margin, scale)(cosines, persons)
+    expected = scale * cosines
+    for row, person in enumerate(persons.tolist()):
+        angle = math.acos(cosines[row, person])
+        turned = math.cos(angle + margin) if angle + margin < math.pi else math.cos(angle) - margin * math.sin(margin)
+        expected[row, person] = scale * (cosines[row, person] - margin if kind == "cosface" else turned)
+    torch.testing.assert_close(logits, expected)
+    assert (logits <= scale * cosines).all()
+
+
+def test_a_margin_bears_cosines_of_one_in_half_precision() -> None:
+    cosines = torch.tensor([[1.0, -1.0], [1.0, -1.0]], dtype=torch.bfloat16, requires_grad=True)
+    loss = CosineMargin("arcface", 0.5, 30.0)(cosines, torch.tensor([0, 1])).sum()
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert cosines.grad is not None
+    assert cosines.grad.isfinite().all()

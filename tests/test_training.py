@@ -112,7 +112,7 @@ def test_every_option_of_the_recipe_trains_and_resumes(root: Path, tmp_path: Pat
     keys = {"MODEL__IF_WITH_CENTER": "yes", "SOLVER__PRECISION": "bf16", "SOLVER__TRIPLET_PRODUCTS": "amp",
             "MODEL__NO_MARGIN": "no", "SOLVER__OPTIMIZER_NAME": "SGD", "SOLVER__MAX_GRAD_NORM": 1.0,
             "TEST__RE_RANKING": "published", "SOLVER__MAX_EPOCHS": 2, "SOLVER__ACCUMULATE": 2, "SOLVER__EMA": 0.9,
-            "PARALLEL__CHECKPOINT": "yes"}  # fmt: skip
+            "PARALLEL__CHECKPOINT": "yes", "MODEL__ID_LOSS_TYPE": "arcface"}  # fmt: skip
     assert train(arguments(root, tmp_path, **keys)) == 0
     first = last(tmp_path)[0]
     path = checkpoint.checkpoints(tmp_path / "checkpoints")[-1]

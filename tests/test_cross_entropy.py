@@ -75,6 +75,16 @@ def test_kernels_take_large_logits_excluded_classes_several_types_and_strides() 
 
 
 @pytest.mark.usefixtures("triton_path")
+def test_kernels_keep_a_small_loss_of_large_logits_and_take_every_other_label() -> None:
+    z, persons = torch.tensor([[9999.0, 1e4], [1e4, 9999.0]], requires_grad=True), torch.tensor([1, 1, 0, 0])[::2]
+    terms, _ = cross_entropy._forward([z], persons, 0.0)
+    assert_close("losses", terms[0], torch.tensor([1.0, 1.0]).neg().exp().log1p() / 2, 1e-6)
+    (gradient,) = torch.autograd.grad(terms, z, torch.tensor([[1.0, 3.0]]))
+    share = torch.tensor(-1.0).sigmoid() / 2
+    assert_close("gradient", gradient, share * torch.tensor([[1.0, -1.0], [-3.0, 3.0]]), 1e-6)
+
+
+@pytest.mark.usefixtures("triton_path")
 def test_kernels_show_nan_and_labels_out_of_range() -> None:
     z = torch.randn(2, 4)
     for label in (-1, 4):

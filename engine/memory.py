@@ -85,12 +85,14 @@ def advice(error: BaseException, cfg: Config | None, loaded: int = 0, finished_s
 def fitting_batch(cfg: Config, loaded: int, needed: int, room: int, share: float) -> int | None:
     """A batch smaller than the configured one, of whole persons and chunks on every process; None: there is none.
 
-    What is needed beyond `loaded` bytes is taken to be linear in the batch; `share` of the room for it is used.
+    What is needed beyond `loaded` bytes is taken to be linear in the batch; `share` of the room for it is used. Where
+    the system's peak does not show anything beyond them, that is all of what was needed.
     """
     solver, processes = cfg.SOLVER, int(os.environ.get("WORLD_SIZE", "1"))
     unit = processes * math.lcm(cfg.DATALOADER.NUM_INSTANCE, solver.ACCUMULATE)
     least = max(2 * cfg.DATALOADER.NUM_INSTANCE, 2 * processes * solver.ACCUMULATE)
-    fits = share * max(room - loaded, 0) / max(needed - loaded, 1) * solver.IMS_PER_BATCH
+    grown = needed - loaded
+    fits = share * (max(room - loaded, 0) / grown if grown > 0 else 1) * solver.IMS_PER_BATCH
     batch = min(int(fits), solver.IMS_PER_BATCH - 1) // unit * unit
     smallest = -(-least // unit) * unit
     if batch < smallest < solver.IMS_PER_BATCH:

@@ -28,6 +28,7 @@ def test_the_estimate_is_linear_beyond_what_was_loaded() -> None:
     assert fitting_batch(cfg, 10 * GIB, 100 * GIB, 65 * GIB, share=1.0) == 64
     assert fitting_batch(cfg, 10 * GIB, 100 * GIB, 67 * GIB, share=1.0) == 80
     assert fitting_batch(cfg, 10 * GIB, 100 * GIB, 100 * GIB, share=0.9) == 112
+    assert fitting_batch(cfg, 10 * GIB, 9 * GIB, 9 * GIB, share=0.5) == 64, "a peak that lags behind tells nothing"
     assert fitting_batch(cfg, 10 * GIB, 100 * GIB, 100 * GIB, share=1.0) == 112  # less than what did not fit
     assert fitting_batch(cfg, 10 * GIB, 100 * GIB, 20 * GIB, share=1.0) == 32  # two persons, the least
     assert fitting_batch(config(32), 0, GIB, GIB, share=0.5) is None

@@ -85,8 +85,8 @@ def advice(error: BaseException, cfg: Config | None, loaded: int = 0, finished_s
 def fitting_batch(cfg: Config, loaded: int, needed: int, room: int, share: float) -> int | None:
     """A batch smaller than the configured one, of whole persons and chunks on every process; None: there is none.
 
-    What is needed beyond `loaded` bytes is taken to be linear in the batch; `share` of the room for it is used. Where
-    the system's peak does not show anything beyond them, that is all of what was needed.
+    What is needed beyond `loaded` bytes is taken to be linear in the batch; `share` of the room for it is used. A
+    peak that lags behind them tells nothing of the room: the share alone counts.
     """
     solver, processes = cfg.SOLVER, int(os.environ.get("WORLD_SIZE", "1"))
     unit = processes * math.lcm(cfg.DATALOADER.NUM_INSTANCE, solver.ACCUMULATE)

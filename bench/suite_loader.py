@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import functional as T
+from torchvision.transforms.v2.functional import resize
 
 from bench.builds import Launch
 from bench.timing import Case, Settings, Work
@@ -144,7 +145,8 @@ class FilesDataset(Dataset[Tensor]):
 
     def __getitem__(self, position: int) -> Tensor:
         image = self.read(str(self.records[self.plan.image[position]].path))
-        return transformed(T.resize(image, list(self.size), T.InterpolationMode.BICUBIC), self.plan, position)
+        resized = resize(image, list(self.size), T.InterpolationMode.BICUBIC)  # of bytes; the older one makes floats
+        return transformed(resized, self.plan, position)
 
 
 def by_pillow(path: str) -> Image.Image:

@@ -38,8 +38,6 @@ PICTURES = {  # name of the file -> title, text
         "fusion: what the CNN takes from the Transformer, and the Transformer from the CNN.",
     ),
 }
-
-
 COUNTED = "images", "persons", "cameras"
 
 
@@ -90,7 +88,7 @@ def read_run(folder: Path, name: str) -> Run:
     if not results:
         raise DataError(f"{folder / 'metrics.json'} is not there: evaluate that run first")
     lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").is_file() else []
-    entries = [json.loads(line) for line in lines]
+    entries = [json.loads(line) for line in lines if line.endswith("}")]  # a run that was killed leaves a part of one
     losses = [(entry["epoch"], entry["loss"]) for entry in entries if "loss" in entry]
     settings = dict(flat(_json(folder / manifest.FILE).get("config", {})))
     return Run(name, results, [point for point in losses if np.isfinite(point).all()], settings)

@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["engine*", "kernels*", "fusionreid*", "dataloading*"]),
+    packages=find_packages(include=["fusionreid*"]),
     install_requires=[
         "torch>=2.11",  # FSDP2 and custom operators as used here; 2.10 closed the last hole in weights_only
         "torchvision",
@@ -36,5 +36,5 @@ setup(
             *("ruff", "mypy", "types-PyYAML", "pre-commit"),
         ],
     },
-    entry_points={"console_scripts": ["fusionreid=engine.cli:main"]},
+    entry_points={"console_scripts": ["fusionreid=fusionreid.engine.cli:main"]},
 )

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataloading.loader import Batch
 from fusionreid import FusionReID
+from fusionreid.dataloading.loader import Batch
 from fusionreid.drop_path import Draws
 from fusionreid.losses import LossParts
 from fusionreid.model import Outputs

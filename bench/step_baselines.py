@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from bench.suite_attention import projected_class_attention, sdpa_on_views
 from bench.suite_triplet import dense
 from bench.suite_triplet import published as triplets
-from dataloading.loader import Batch
-from engine import parallel
-from engine.config import SolverConfig
-from engine.optim import group_of, learning_rate
 from fusionreid import blocks, htm
 from fusionreid.blocks import SelfAttention
+from fusionreid.dataloading.loader import Batch
 from fusionreid.drop_path import Draws
+from fusionreid.engine.config import SolverConfig
+from fusionreid.engine.distributed import parallel
+from fusionreid.engine.training.optim import group_of, learning_rate
 from fusionreid.htm import HEADS, MFU, SEU, HTMLayer, Pair
 from fusionreid.losses import LossParts
 from fusionreid.model import Outputs

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from bench.builds import Launch
 from bench.timing import TOLERANCE, Case, Settings, Work
-from kernels import ClassStream, dual_cross_attention, dual_self_attention
+from fusionreid.kernels import ClassStream, dual_cross_attention, dual_self_attention
 
 SOURCES = ("kernels/_head.py", "kernels/dual_attention*.py", "kernels/class_attention*.py")
 # images, tokens of the CNN stream and of the Transformer stream without the class token, heads, head width

@@ -26,12 +26,20 @@ from bench.evaluators import (
     sorted_blocks,
 )
 from bench.timing import Case, Settings, Work
-from engine.rerank import k_reciprocal, rerank_blocks
-from engine.retrieval import rank
-from kernels import _distances, _rows, nearest_neighbours, neighbour_tiles, ranking_tiles
+from fusionreid.engine.evaluation.rerank import k_reciprocal, rerank_blocks
+from fusionreid.engine.evaluation.retrieval import rank
+from fusionreid.kernels import _distances, _rows, nearest_neighbours, neighbour_tiles, ranking_tiles
 
-SOURCES = ("engine/retrieval.py", "engine/rerank.py", "kernels/ranking*.py", "kernels/neighbour*.py",
-           "kernels/_counting.py", "kernels/_distances.py", "kernels/_rows.py", "bench/evaluators.py")  # fmt: skip
+SOURCES = (
+    "engine/evaluation/retrieval.py",
+    "engine/evaluation/rerank.py",
+    "kernels/ranking*.py",
+    "kernels/neighbour*.py",
+    "kernels/_counting.py",
+    "kernels/_distances.py",
+    "kernels/_rows.py",
+    "bench/evaluators.py",
+)
 NEAREST = 10
 K1, K2, WEIGHT = 50, 15, 0.3  # of the published evaluator
 ROUNDING = 5e-3  # ours is exact; in float32 some neighbours change places, and a point of the CMC moves by 1 / Q

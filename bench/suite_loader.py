@@ -22,17 +22,25 @@ from torchvision.transforms.v2.functional import resize
 
 from bench.builds import Launch
 from bench.timing import Case, Settings, Work
-from dataloading import read_split
-from dataloading.config import DataloaderConfig, DatasetsConfig, InputConfig, SyntheticConfig
-from dataloading.loader import TrainLoader
-from dataloading.plan import EpochPlan
-from dataloading.records import Record
-from dataloading.worker import fork_server
-from kernels import augment
+from fusionreid.dataloading import read_split
+from fusionreid.dataloading.config import DataloaderConfig, DatasetsConfig, InputConfig, SyntheticConfig
+from fusionreid.dataloading.decode_workers import fork_server
+from fusionreid.dataloading.loader import TrainLoader
+from fusionreid.dataloading.plan import EpochPlan
+from fusionreid.dataloading.records import Record
+from fusionreid.kernels import augment
 
-SOURCES = ("dataloading/loader.py", "dataloading/pixels.py", "dataloading/decode.py", "dataloading/worker.py",
-           "dataloading/dali.py", "dataloading/cache.py", "kernels/augmentation.py", "kernels/noise.py",
-           "kernels/philox.py")  # fmt: skip
+SOURCES = (
+    "dataloading/loader.py",
+    "dataloading/image_source.py",
+    "dataloading/decode.py",
+    "dataloading/decode_workers.py",
+    "dataloading/dali.py",
+    "dataloading/cache.py",
+    "kernels/augmentation.py",
+    "kernels/noise.py",
+    "kernels/philox.py",
+)
 # persons, images of each and camera (two cameras), batch size, height and width of the input, numbers of workers
 SIZES: dict[str, tuple[int, int, int, tuple[int, int], tuple[int, ...]]] = {
     "quick": (4, 2, 8, (96, 48), (0,)),

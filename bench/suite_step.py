@@ -27,21 +27,29 @@ from bench.step_baselines import (
 )
 from bench.suite_loader import GREY_LEVELS, FilesDataset, by_pillow, last, visible
 from bench.timing import Case, Settings, Work
-from dataloading.loader import Batch
-from engine import parallel
-from engine.compiling import compile_parts
-from engine.config import Config
-from engine.loop import Run
-from engine.optim import Optimizer
-from engine.restore import build
-from engine.watching.utilisation import GFLOP_PER_IMAGE
 from fusionreid import FusionReID
+from fusionreid.dataloading.loader import Batch
+from fusionreid.engine.checkpoints.load_model import build
+from fusionreid.engine.config import Config
+from fusionreid.engine.distributed import parallel
+from fusionreid.engine.distributed.compile import compile_parts
+from fusionreid.engine.monitoring.mfu import GFLOP_PER_IMAGE
+from fusionreid.engine.training.optim import Optimizer
+from fusionreid.engine.training.trainer import Run
 from fusionreid.losses import reid_loss
 
-SOURCES = ("kernels/*.py", "fusionreid/**/*.py", "dataloading/*.py", "engine/step.py", "engine/optim.py",
-           "engine/graph.py", "engine/compiling.py", "engine/parallel.py", "bench/step_baselines.py",
-           "bench/model_parts.py", "bench/suite_attention.py", "bench/suite_triplet.py",
-           "bench/suite_loader.py")  # fmt: skip
+SOURCES = (
+    "kernels/*.py",
+    "fusionreid/**/*.py",
+    "dataloading/*.py",
+    "engine/training/*.py",
+    "engine/distributed/*.py",
+    "bench/step_baselines.py",
+    "bench/model_parts.py",
+    "bench/suite_attention.py",
+    "bench/suite_triplet.py",
+    "bench/suite_loader.py",
+)
 INSTANCES = 4
 TEST_MODEL = {"RES_NAME": "test_resnet", "TRANSFORMER_TYPE": "test_vit", "STRIDE_SIZE": (16, 16), "HTM_LAYER": 1}
 SIZES: dict[str, tuple[int, tuple[int, int], dict[str, Any]]] = {  # images, their height and width, the MODEL section

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.builds import Launch
 from bench.timing import TOLERANCE, Case, Settings, Work
-from kernels import batch_hard_triplet
+from fusionreid.kernels import batch_hard_triplet
 
 SOURCES = ("kernels/triplet*.py", "kernels/cross_entropy.py")
 INSTANCES = 16  # images per person

@@ -4,18 +4,18 @@ import re
 from difflib import get_close_matches
 from importlib import import_module
 
-from dataloading.config import DatasetsConfig
-from dataloading.records import DataError, Record, Split
+from fusionreid.dataloading.config import DatasetsConfig
+from fusionreid.dataloading.records import DataError, Record, Split
 
 READERS = {  # name -> where its reader is
-    "market1501": "dataloading.market1501:read",
-    "dukemtmc": "dataloading.dukemtmc:read",
-    "dukemtmcreid": "dataloading.dukemtmc:read",
-    "msmt17": "dataloading.msmt17:read",
-    "folder": "dataloading.folder:read",
-    "market": "dataloading.market1501:read_own",
-    "csv": "dataloading.folder:read_csv",
-    "synthetic": "dataloading.synthetic:read",
+    "market1501": "fusionreid.dataloading.datasets.market1501:read",
+    "dukemtmc": "fusionreid.dataloading.datasets.dukemtmc:read",
+    "dukemtmcreid": "fusionreid.dataloading.datasets.dukemtmc:read",
+    "msmt17": "fusionreid.dataloading.datasets.msmt17:read",
+    "folder": "fusionreid.dataloading.datasets.folder:read",
+    "market": "fusionreid.dataloading.datasets.market1501:read_own",
+    "csv": "fusionreid.dataloading.datasets.folder:read_csv",
+    "synthetic": "fusionreid.dataloading.datasets.synthetic:read",
 }
 
 __all__ = ["DataError", "Record", "Split", "read_split"]

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dataloading.index import condemn, describe, look, scan, write_whole
-from dataloading.oddities import oddities
-from dataloading.records import PARTS, DataError, Record, Split, shown
+from fusionreid.dataloading.dataset_warnings import oddities
+from fusionreid.dataloading.index import condemn, describe, look, scan, write_whole
+from fusionreid.dataloading.records import PARTS, DataError, Record, Split, shown
 
 FILE = "bad_images.json"
 TOLERATED = 1000  # one bad file in so many, with `skip`

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dataloading.records import shown
+from fusionreid.dataloading.records import shown
 
 DEVICE_SHARE, HOST_SHARE = 0.25, 0.5  # of the memory now free: activations, workers and other users need the rest
 Place = Literal["device", "host", "none"]

@@ -1,7 +1,7 @@
 """Files decoded and resized by DALI: JPEGs on the GPU, or by the same graph on a CPU.
 
 The graph has neither state nor chance: names of files go in, resized pixels come out. What varies from epoch to epoch
-is done to the pixels of every backend by `kernels.augment` in one launch, so all train on the same samples.
+is done to the pixels of every backend by `fusionreid.kernels.augment` in one launch, so all train on the same samples.
 """
 
 import os
@@ -16,7 +16,7 @@ import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from torch import Tensor
 
-from dataloading.decode import Filter
+from fusionreid.dataloading.decode import Filter
 
 BATCHES_AHEAD = 2
 FILTERS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}

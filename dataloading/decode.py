@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from dataloading.records import DataError, open_image, read_file, shown
+from fusionreid.dataloading.records import DataError, open_image, read_file, shown
 
 Filter = Literal["bicubic", "bilinear"]
 BICUBIC: Filter = "bicubic"  # training

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from dataloading.records import open_file, open_image
+from fusionreid.dataloading.records import open_file, open_image
 
 FILE = ".fusionreid-index.json"
 FORMAT = b"index 1"  # another format: the file is written anew

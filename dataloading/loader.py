@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataloading.bad_images import BadImages
-from dataloading.config import DataloaderConfig, InputConfig
-from dataloading.decode import BICUBIC, BILINEAR
-from dataloading.pixels import Images
-from dataloading.plan import EpochPlan, epoch_plan
-from dataloading.records import Record, Split, check_batch
-from kernels.augmentation import augment, normalize
+from fusionreid.dataloading.bad_images import BadImages
+from fusionreid.dataloading.config import DataloaderConfig, InputConfig
+from fusionreid.dataloading.decode import BICUBIC, BILINEAR
+from fusionreid.dataloading.image_source import Images
+from fusionreid.dataloading.plan import EpochPlan, epoch_plan
+from fusionreid.dataloading.records import Record, Split, check_batch
+from fusionreid.kernels.augmentation import augment, normalize
 
 
 @dataclass

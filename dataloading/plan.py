@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataloading.records import DataError
-from kernels.philox import AUGMENTATION, SAMPLING, Words, below, philox, uniform
+from fusionreid.dataloading.records import DataError
+from fusionreid.kernels.philox import AUGMENTATION, SAMPLING, Words, below, philox, uniform
 
 SHUFFLE, REPLACEMENT, PERSONS = range(3)  # what a sampling counter's third word says the bits are for
 ERASED_AREA = (0.02, 1 / 3)  # of the image

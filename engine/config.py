@@ -20,9 +20,9 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from dataloading.config import DataloaderConfig, DatasetsConfig, InputConfig
-from engine import dialect
 from fusionreid.config import ModelConfig, Rate, Section, Switch, Text
+from fusionreid.dataloading.config import DataloaderConfig, DatasetsConfig, InputConfig
+from fusionreid.engine import config_yaml
 
 
 class ConfigError(ValueError):
@@ -85,7 +85,7 @@ class SolverConfig(Section):
 
 
 def _word(value: Any) -> Any:
-    return dialect.plain(value) if isinstance(value, str) else value  # 'no' means no
+    return config_yaml.plain(value) if isinstance(value, str) else value  # 'no' means no
 
 
 def _off(value: Any) -> Any:
@@ -173,12 +173,12 @@ class Config(Section):
 
     def dump(self) -> str:
         """Every key as YAML; `load_config` reads it back to an equal `Config`."""
-        return dialect.dump(self.model_dump())
+        return config_yaml.dump(self.model_dump())
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
         """The inverse of `model_dump`, also after a walk through JSON."""
-        return _build(dialect.dump(values), "saved config", (), [])
+        return _build(config_yaml.dump(values), "saved config", (), [])
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -193,10 +193,11 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def _build(text: str, name: str, overrides: Sequence[str], problems: list[str]) -> Config:
-    settings = dialect.read_yaml(text, name, SECTIONS, problems) | dialect.read_overrides(overrides, KEYS, problems)
+    settings = config_yaml.read_yaml(text, name, SECTIONS, problems)
+    settings |= config_yaml.read_overrides(overrides, KEYS, problems)
     unknown = [key for key in settings if key not in KEYS]
     problems += [f"{settings[key].where}: {key}: {_unknown(key, settings.pop(key).value)}" for key in unknown]
-    config = dialect.validate(Config, settings, problems)
+    config = config_yaml.validate(Config, settings, problems)
     if problems:
         raise ConfigError("\n".join(line if line.isprintable() else ascii(line)[1:-1] for line in problems))
     return config

@@ -9,16 +9,16 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder must not hide modules, and its project need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from engine import door
-from engine.config import Config
+from fusionreid.engine import command
+from fusionreid.engine.config import Config
 
 
 def main(argv: list[str] | None = None) -> int:
-    return door.run(doctor, argv, flags={"--decode": "decode every image file whole, in parallel"})
+    return command.run(doctor, argv, flags={"--decode": "decode every image file whole, in parallel"})
 
 
 def doctor(cfg: Config, *, decode: bool = False) -> None:
-    from engine.examination import examine
+    from fusionreid.engine.preflight import examine
 
     examine(cfg, decode=decode)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder must not hide modules, and its project need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from engine import door
-from engine.config import Config
+from fusionreid.engine import command
+from fusionreid.engine.config import Config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,8 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(argv)
 
     def embed(cfg: Config) -> None:
-        from engine import embeddings, parallel
-        from engine.features import embed_images
+        from fusionreid.engine.distributed import parallel
+        from fusionreid.engine.evaluation import embeddings
+        from fusionreid.engine.evaluation.extract import embed_images
 
         output = options.output.resolve()
         embeddings.check_place(output)
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{len(found.records)} images: {options.output}")
         parallel.finish()
 
-    return door.run(embed, rest)
+    return command.run(embed, rest)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,19 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder must not hide modules, and its project need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from engine import door
-from engine.config import Config
+from fusionreid.engine import command
+from fusionreid.engine.config import Config
 
 
 def main(argv: list[str] | None = None) -> int:
-    return door.run(evaluate, argv, flags={"--baselines": "also rank by an untrained network and by colour histograms"})
+    return command.run(
+        evaluate, argv, flags={"--baselines": "also rank by an untrained network and by colour histograms"}
+    )
 
 
 def evaluate(cfg: Config, *, baselines: bool = False) -> None:
-    with door.lock(Path(cfg.OUTPUT_DIR)) if door.RANK == 0 else nullcontext():
-        from engine.evaluation import evaluate_checkpoint, evaluate_stored
+    with command.lock(Path(cfg.OUTPUT_DIR)) if command.RANK == 0 else nullcontext():
+        from fusionreid.engine.evaluation.evaluator import evaluate_checkpoint, evaluate_stored
 
         if cfg.TEST.EMBEDDINGS:
             evaluate_stored(cfg)

@@ -14,8 +14,8 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder must not hide modules, and its project need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from engine import door
-from engine.config import Config
+from fusionreid.engine import command
+from fusionreid.engine.config import Config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,11 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(argv)
 
     def export(cfg: Config) -> None:
-        from engine.program import export_model
+        from fusionreid.engine.exporter import export_model
 
         export_model(cfg, options.output)
 
-    return door.run(export, rest)
+    return command.run(export, rest)
 
 
 if __name__ == "__main__":

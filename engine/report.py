@@ -13,8 +13,8 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder must not hide modules, and its project need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from engine import door
-from engine.config import Config
+from fusionreid.engine import command
+from fusionreid.engine.config import Config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,11 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(argv)
 
     def report(cfg: Config) -> None:
-        from engine.results.runs import draw_report
+        from fusionreid.engine.reporting.runs import draw_report
 
         draw_report(Path(cfg.OUTPUT_DIR), cfg, options.beside)
 
-    return door.run(report, rest)
+    return command.run(report, rest)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # a script's own folder must not hide modules, and its project need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from dataloading.records import DataError
-from engine import door
-from engine.config import Config
+from fusionreid.dataloading.records import DataError
+from fusionreid.engine import command
+from fusionreid.engine.config import Config
 
 if TYPE_CHECKING:
-    from engine.embeddings import Embeddings
+    from fusionreid.engine.evaluation.embeddings import Embeddings
 
 VECTOR = "FEAT", "NECK_FEAT", "FEAT_NORM", "FLIP"  # what of TEST decides a vector
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rest = ["--config_file", os.devnull, *rest]  # embeddings alone need no model
 
     def search(cfg: Config) -> None:
-        from engine.storage import write_json
+        from fusionreid.engine.storage import write_json
 
         _check(options)
         query, gallery = (_load_or_embed(cfg, path) for path in (options.query, options.gallery))
@@ -57,13 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.json:
             write_json(options.json, found)
 
-    return door.run(search, rest)
+    return command.run(search, rest)
 
 
 def nearest(query: "Embeddings", gallery: "Embeddings", count: int, at_least: float = -1.0) -> list[dict[str, Any]]:
     """For every query its path and its nearest gallery images of a cosine of at least so much, the first one first."""
-    from engine.embeddings import EmbeddingsError
-    from kernels import nearest_neighbours
+    from fusionreid.engine.evaluation.embeddings import EmbeddingsError
+    from fusionreid.kernels import nearest_neighbours
 
     widths = query.features.shape[1], gallery.features.shape[1]
     if widths[0] != widths[1]:
@@ -99,8 +99,8 @@ def _warn_of_two_models(query: "Embeddings", gallery: "Embeddings") -> None:
 
 
 def _load_or_embed(cfg: Config, path: Path) -> "Embeddings | None":
-    from engine import embeddings
-    from engine.features import check_finite, embed_images
+    from fusionreid.engine.evaluation import embeddings
+    from fusionreid.engine.evaluation.extract import check_finite, embed_images
 
     if not (path / embeddings.INDEX).is_file():
         return embed_images(cfg, path)

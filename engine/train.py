@@ -6,23 +6,25 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder must not hide modules, and its project need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from engine import door
-from engine.config import Config
-from engine.watching.boards import check_boards
-from engine.watching.startup import Startup
-from fusionreid.pretrained import check_weights
+from fusionreid.engine import command
+from fusionreid.engine.config import Config
+from fusionreid.engine.monitoring.loggers import check_boards
+from fusionreid.engine.monitoring.startup import Startup
+from fusionreid.weights import check_weights
 
 
 def main(argv: list[str] | None = None) -> int:
-    return door.run(train, argv)
+    return command.run(train, argv)
 
 
 def train(cfg: Config) -> None:
     startup = Startup()
     check_weights(cfg.MODEL)
     check_boards(cfg.SOLVER.LOGGERS)
-    from engine import parallel  # torch loads only now: a mistake in the configuration has shown at once
-    from engine.loop import Run
+    from fusionreid.engine.distributed import (
+        parallel,  # torch loads only now: a mistake in the configuration has shown at once
+    )
+    from fusionreid.engine.training.trainer import Run
 
     startup.lap("imports")
     Run(cfg, startup).train()

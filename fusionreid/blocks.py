@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusionreid.drop_path import DropPath
-from kernels import dual_self_attention
+from fusionreid.kernels import dual_self_attention
 
 
 class SelfAttention(nn.Module):

@@ -8,7 +8,7 @@ import timm.layers
 import torch
 from torch import Tensor, nn
 
-from kernels.philox import DROP_PATH, philox, uniform
+from fusionreid.kernels.philox import DROP_PATH, philox, uniform
 
 
 class DropPath(timm.layers.DropPath):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fusionreid.blocks import Block, Mlp
-from kernels import ClassStream, dual_cross_attention, dual_self_attention
+from fusionreid.kernels import ClassStream, dual_cross_attention, dual_self_attention
 
 Pair = tuple[Tensor, Tensor]
 Share = Literal["encoder", "none", "fusion", "all"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kernels import batch_hard_triplet, smoothed_cross_entropy
+from fusionreid.kernels import batch_hard_triplet, smoothed_cross_entropy
 
 if TYPE_CHECKING:
     from fusionreid.model import Outputs

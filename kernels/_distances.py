@@ -17,9 +17,9 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import ranking_kernels
-from kernels._path import on_device_of, use_triton
-from kernels._rows import Rows
+from fusionreid.kernels import ranking_kernels
+from fusionreid.kernels._path import on_device_of, use_triton
+from fusionreid.kernels._rows import Rows
 
 CHUNK = 128  # columns per product
 CLOSE_ELEMENTS = 2**19  # of one batch of fp32 products

@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import ranking_kernels
-from kernels._path import use_triton
+from fusionreid.kernels import ranking_kernels
+from fusionreid.kernels._path import use_triton
 
 EXACT_ROWS, EXACT_ELEMENTS = 1024, 2**18  # most of one fp64 batch: it stays in a core's cache
 LONGEST = 1e18  # of a row: its square is still an fp32 number

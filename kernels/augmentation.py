@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._path import on_device_of, use_triton
-from kernels.noise import Noise, key_of, noise
+from fusionreid.kernels._path import on_device_of, use_triton
+from fusionreid.kernels.noise import Noise, key_of, noise
 
 # Of a program of the kernel: rows, values of a row (three per pixel), warps; a thread draws one block of noise.
 ROWS, COLS, NUM_WARPS = 32, 128, 4

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from kernels._path import capability, on_device_of, use_triton
-from kernels.class_attention_backward import backward
-from kernels.class_attention_forward import forward
+from fusionreid.kernels._path import capability, on_device_of, use_triton
+from fusionreid.kernels.class_attention_backward import backward
+from fusionreid.kernels.class_attention_forward import forward
 
 LOG2_E = math.log2(math.e)
 MOST_SUMS = 2**14  # that a program of the kernels holds: heads, padded, times width

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from kernels.class_attention_forward import columns_of, load_key, load_tile, load_weight, store_tile
+from fusionreid.kernels.class_attention_forward import columns_of, load_key, load_tile, load_weight, store_tile
 
 LN_2 = tl.constexpr(0.6931471805599453)
 

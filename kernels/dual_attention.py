@@ -13,9 +13,9 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from kernels._path import TRITON, capability, on_device_of, use_triton
-from kernels.dual_attention_backward import backward
-from kernels.dual_attention_forward import forward
+from fusionreid.kernels._path import TRITON, capability, on_device_of, use_triton
+from fusionreid.kernels.dual_attention_backward import backward
+from fusionreid.kernels.dual_attention_forward import forward
 
 LOG2_E = math.log2(math.e)
 WIDEST_HEAD = 128  # of the kernels

@@ -11,7 +11,7 @@ N tokens, H heads, D head width, C = H * D. Exponents are base 2: `scale` is `na
 import triton
 import triton.language as tl
 
-from kernels._head import load, load_token, store, store_token
+from fusionreid.kernels._head import load, load_token, store, store_token
 
 
 @triton.jit

@@ -12,9 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import ranking_kernels
-from kernels._rows import Rows
-from kernels.ranking_tiles import BLOCK_D, SPAN, TILE, Split, error_bound, launch, split_rows
+from fusionreid.kernels import ranking_kernels
+from fusionreid.kernels._rows import Rows
+from fusionreid.kernels.ranking_tiles import BLOCK_D, SPAN, TILE, Split, error_bound, launch, split_rows
 
 QUERIES = 2**13
 CAPACITY = 8 * TILE  # places of a row for what a piece of the gallery adds

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._distances import (
+from fusionreid.kernels._distances import (
     UNIT,
     error_bound,
     exact_distances,
@@ -21,10 +21,10 @@ from kernels._distances import (
     full_precision,
     scaled,
 )
-from kernels._path import use_triton
-from kernels._rows import Rows
-from kernels.neighbour_tiles import Candidates, nearest_by_tiles
-from kernels.ranking_tiles import WIDEST
+from fusionreid.kernels._path import use_triton
+from fusionreid.kernels._rows import Rows
+from fusionreid.kernels.neighbour_tiles import Candidates, nearest_by_tiles
+from fusionreid.kernels.ranking_tiles import WIDEST
 
 BLOCK = 1024  # rows and columns of a product
 AGAIN_ROWS = 64

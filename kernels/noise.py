@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.philox import ERASING_NOISE, WORD
+from fusionreid.kernels.philox import ERASING_NOISE, WORD
 
 LEVELS = 1 << 16
 PURPOSE = tl.constexpr(ERASING_NOISE)

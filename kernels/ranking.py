@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import ranking_tiles
-from kernels._counting import Counter, Matches, Measure
-from kernels._distances import (
+from fusionreid.kernels import ranking_tiles
+from fusionreid.kernels._counting import Counter, Matches, Measure
+from fusionreid.kernels._distances import (
     close_bound,
     close_distances,
     error_bound,
@@ -23,8 +23,8 @@ from kernels._distances import (
     full_precision,
     scaled,
 )
-from kernels._path import use_triton
-from kernels._rows import Rows
+from fusionreid.kernels._path import use_triton
+from fusionreid.kernels._rows import Rows
 
 QUERY_BLOCK = GALLERY_BLOCK = 1024
 

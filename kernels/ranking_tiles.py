@@ -22,10 +22,10 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import ranking_kernels
-from kernels._distances import UNIT, exact_distances
-from kernels._path import TRITON, capability
-from kernels._rows import Rows
+from fusionreid.kernels import ranking_kernels
+from fusionreid.kernels._distances import UNIT, exact_distances
+from fusionreid.kernels._path import TRITON, capability
+from fusionreid.kernels._rows import Rows
 
 WIDEST = 2**15  # columns
 QUERIES, SPAN = 2**14, 2**14  # queries and gallery rows at once: 3 D bytes each

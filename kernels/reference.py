@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.neighbours import Neighbours
-from kernels.philox import ERASING_NOISE
-from kernels.ranking import RankCounts
-from kernels.triplet import BatchHard
+from fusionreid.kernels.neighbours import Neighbours
+from fusionreid.kernels.philox import ERASING_NOISE
+from fusionreid.kernels.ranking import RankCounts
+from fusionreid.kernels.triplet import BatchHard
 
 if TYPE_CHECKING:
-    from kernels.class_attention import ClassStream
+    from fusionreid.kernels.class_attention import ClassStream
 
 
 def augment(

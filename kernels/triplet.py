@@ -15,8 +15,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from kernels import triplet_backward, triplet_forward
-from kernels._path import capability, on_device_of, use_triton
+from fusionreid.kernels import triplet_backward, triplet_forward
+from fusionreid.kernels._path import capability, on_device_of, use_triton
 
 BLOCK_ELEMENTS = 2**20  # of the distance matrix at once, in the plain path
 PAIR_ROWS = 256  # anchors whose pairs are measured at once, in the plain path

@@ -14,7 +14,7 @@ nearest negatives (N,), 0 where none is seen; how many tiles of each block of an
 import triton
 import triton.language as tl
 
-from kernels import triplet_tiles
+from fusionreid.kernels import triplet_tiles
 
 # Squares are compared as the bits of a float32, which order as they do.
 INFINITE = tl.constexpr(0x7F800000)

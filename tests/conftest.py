@@ -40,6 +40,6 @@ def _two_threads() -> None:
 @pytest.fixture
 def triton_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """New tensors take the Triton path: on the GPU, or on the CPU through the interpreter."""
-    monkeypatch.setattr("kernels._path.triton_on_cpu", not HAS_GPU)
+    monkeypatch.setattr("fusionreid.kernels._path.triton_on_cpu", not HAS_GPU)
     with torch.device("cuda" if HAS_GPU else "cpu"):
         yield

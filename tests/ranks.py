@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dataloading.loader import Batch
-from engine import parallel
-from engine.config import Config
-from engine.optim import Optimizer
-from engine.restore import build, load_model
-from engine.step import TrainStep
+from fusionreid.dataloading.loader import Batch
+from fusionreid.engine.checkpoints.load_model import build, load_model
+from fusionreid.engine.config import Config
+from fusionreid.engine.distributed import parallel
+from fusionreid.engine.training.optim import Optimizer
+from fusionreid.engine.training.train_step import TrainStep
 from tests.runs import ROOT
 
 MODEL = {"RES_NAME": "test_resnet", "TRANSFORMER_TYPE": "test_vit", "STRIDE_SIZE": [16, 16], "MIX_DIM": 24,

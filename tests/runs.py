@@ -7,7 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests import ROOT
+
 KEYS = {
     "MODEL.RES_NAME": "test_resnet",
     "MODEL.TRANSFORMER_TYPE": "test_vit",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fusionreid.backbones.vit import ViT
 from fusionreid.blocks import Block, Mlp
-from kernels import dual_self_attention
+from fusionreid.kernels import dual_self_attention
 
 SIZES = {"t2t_vit_t_14": (384, 14, 6), "t2t_vit_t_24": (512, 24, 8)}  # width, blocks, heads
 UNFOLDS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))  # kernel, stride, padding

@@ -1,0 +1,135 @@
+"""Where pixels come from: files that processes or DALI decode, or images that are resident in memory."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusionreid.dataloading.bad_images import BadImages
+from fusionreid.dataloading.cache import Filling, Place, ResidentPixels, load_or_fill, place_for
+from fusionreid.dataloading.config import DataloaderConfig
+from fusionreid.dataloading.decode import Filter, decode
+from fusionreid.dataloading.decode_workers import FilePixels
+from fusionreid.dataloading.fallback_reader import Reader
+from fusionreid.dataloading.index import index_folder
+from fusionreid.dataloading.records import DataError, Record, shown
+
+JPEG_SHARE = 0.99  # of the files have a JPEG's name where DALI is worth its while: it hands the others back
+Backend = Literal["dali", "torchvision"]
+
+log = logging.getLogger(__name__)
+
+
+class Pixels(Protocol):
+    def __call__(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Images (N, H, W, 3) uint8, and which of them each batch of positions is, (B,) int64; None: all, in order.
+
+        Good until the next; a new call ends the one before.
+        """
+
+    def close(self) -> None:
+        """End all processes and free the memory; a call then raises."""
+
+
+class Images:
+    """The images of one part of a data set at one size: decoded whenever they are asked for, or resident in memory."""
+
+    def __init__(
+        self,
+        part: Literal["train", "test"],
+        records: Sequence[Record],
+        size: tuple[int, int],
+        resize: Filter,
+        cfg: DataloaderConfig,
+        *,
+        batch_size: int,
+        device: torch.device,
+        bad_images: BadImages | None = None,
+    ) -> None:
+        self.part, self.size, self.resize, self.cfg = part, size, resize, cfg
+        self.batch_size, self.device = batch_size, device
+        self.paths = [record.path for record in records]
+        self.reader = Reader(records, partial(decode, size=size, resize=resize), bad_images)
+
+    def decoded(self) -> Pixels:
+        """Every image anew, each time."""
+        paths, size, resize, cfg = self.paths, self.size, self.resize, self.cfg
+        if backend(cfg, paths, self.device) == "torchvision":
+            pin = self.device.type == "cuda"
+            return FilePixels(paths, size, resize, cfg.NUM_WORKERS, otherwise=self.reader, pin=pin)
+        from fusionreid.dataloading.dali import DaliPixels  # installed only where it is wanted
+
+        return DaliPixels(
+            paths, size, resize,
+            batch_size=self.batch_size, num_threads=cfg.NUM_WORKERS, device=self.device, otherwise=self.reader,
+        )  # fmt: skip
+
+    def resident(
+        self, root: str, share: slice = slice(None), *, fill: bool = True
+    ) -> tuple[ResidentPixels | None, str]:
+        """Those of `share` as DATALOADER.CACHE and the room allow, or None; and a line that says which, with sizes.
+
+        The file lies in the index folder of `root`; without `fill` it is used only if it is there.
+        """
+        size, cfg = self.size, self.cfg
+        num_bytes = len(self.paths) * size[0] * size[1] * 3
+        place, how = self._place(num_bytes, share), f"{backend(cfg, self.paths, self.device)} {self.resize}"
+        part = f"{Path(root).stem}-{self.part}" if os.path.isfile(root) else self.part  # lists may lie side by side
+        name = f".fusionreid-{part}-{size[0]}x{size[1]}-{how.replace(' ', '-')}.safetensors"
+        file = index_folder(root) / name
+        what = f"{len(self.paths):,} {self.part} images of {size[0]} x {size[1]}, {num_bytes * 1e-6:,.0f} MB decoded"
+        images = None
+        try:
+            if place != "none":
+                images = load_or_fill(file, root, self.paths, size, how, self._fill if fill else None)
+        except OSError as error:
+            if self.part == "train" and cfg.CACHE != "auto":
+                remedy = "set none to decode every image anew"
+                raise DataError(f"DATALOADER.CACHE {cfg.CACHE}: {error}; {remedy}") from error
+            log.warning("%s; every image is decoded anew", error)
+        if images is None:
+            return None, f"{what}: decoded anew by {how.split()[0]} each time"
+        pixels = ResidentPixels(images[share], place, self.device, share.start or 0)
+        return pixels, f"{what}: resident in {place} memory, from {shown(file)}"
+
+    def _place(self, num_bytes: int, share: slice) -> Place:
+        """Where all images, or their share, stay. Only training images may claim the device's memory."""
+        if self.cfg.CACHE == "auto" or (self.cfg.CACHE == "device" and self.part == "test"):
+            return place_for(num_bytes, self.device, num_bytes * len(self.paths[share]) // len(self.paths))
+        if self.cfg.CACHE == "device" and self.device.type != "cuda":
+            raise DataError("DATALOADER.CACHE device needs a GPU; set host, or auto")
+        return self.cfg.CACHE
+
+    def _fill(self) -> Filling:
+        pixels = self.decoded()
+        batches = np.split(np.arange(len(self.paths)), range(self.batch_size, len(self.paths), self.batch_size))
+        try:
+            for batch, (images, _) in zip(batches, pixels(batches)):
+                yield [self.reader.instead.get(i, i) for i in batch.tolist()], images
+        finally:
+            pixels.close()
+
+
+def backend(cfg: DataloaderConfig, paths: Sequence[str], device: torch.device) -> Backend:
+    """What decodes. DALI wins where it decodes on the GPU; on a CPU torchvision is twice as fast."""
+    if cfg.BACKEND == "torchvision" or (cfg.BACKEND == "auto" and device.type != "cuda"):
+        return "torchvision"
+    jpegs = sum(path.lower().endswith((".jpg", ".jpeg")) for path in paths)
+    if cfg.BACKEND == "auto" and jpegs < JPEG_SHARE * len(paths):
+        return "torchvision"
+    try:
+        import_module("fusionreid.dataloading.dali")
+    except (ImportError, OSError) as error:
+        remedy = "pip install nvidia-dali-cuda130, or set DATALOADER.BACKEND torchvision"
+        if cfg.BACKEND == "dali":
+            raise DataError(f"DATALOADER.BACKEND dali: DALI cannot be used: {error}; {remedy}") from error
+        log.warning("DALI cannot be used, processes decode on the CPU: %s; %s", error, remedy)
+        return "torchvision"
+    return "dali"

@@ -1,0 +1,94 @@
+"""From a checkpoint to a model: ours, or one of the published code."""
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fusionreid import FusionReID, build_model
+from fusionreid.engine.checkpoints import checkpoint
+from fusionreid.engine.checkpoints.checkpoint import CheckpointError
+from fusionreid.engine.config import Config, ConfigError
+from fusionreid.engine.distributed import parallel
+from fusionreid.weights import WeightsError, load_published
+from fusionreid.weights.formats import read_state
+
+log = logging.getLogger(__name__)
+
+
+class Trained(NamedTuple):
+    """A model and what its training saw."""
+
+    model: FusionReID
+    cameras: tuple[int, ...]
+    dataset: str | None  # DATASETS.NAMES; None: not known
+
+
+def build(cfg: Config, num_classes: int, num_cameras: int) -> FusionReID:
+    """The model that the configuration describes, before any trained weights."""
+    return build_model(cfg.MODEL, image_size=cfg.INPUT.SIZE_TRAIN, num_classes=num_classes, num_cameras=num_cameras)
+
+
+def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Fill a model, sharded or not, with whole CPU tensors; an entry too few, too many or misshaped raises."""
+    own = model.state_dict()
+    checkpoint.compare("the model", own, tensors)
+    for name, tensor in own.items():
+        parallel.local_shard(tensor).copy_(parallel.shard_like(tensors[name], tensor))
+
+
+def config_of(state: Mapping[str, Any], path: Path) -> Config:
+    """The configuration that a checkpoint was trained with."""
+    try:
+        return Config.from_dict(state["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{path} is of another version, whose configuration this one does not know: use that "
+                              f"version\n{error}") from error  # fmt: skip
+
+
+def find_checkpoint(cfg: Config) -> Path:
+    """TEST.WEIGHT, or the newest checkpoint of the run in OUTPUT_DIR; `best` is the one of the highest mAP in training.
+
+    Not by default: it is chosen by the very images that it is measured on.
+    """
+    if cfg.TEST.WEIGHT not in ("", "best"):
+        return Path(cfg.TEST.WEIGHT)
+    folder = Path(cfg.OUTPUT_DIR) / "checkpoints"
+    best = checkpoint.best(folder) if cfg.TEST.WEIGHT else None
+    path = best.path if best else checkpoint.latest(folder)
+    if path is None:
+        raise CheckpointError(f"no checkpoint in {folder}: train first, or name one with TEST.WEIGHT")
+    if cfg.TEST.WEIGHT and not best:
+        raise CheckpointError(f"no checkpoint in {folder} has been evaluated in training: leave TEST.WEIGHT empty")
+    return path
+
+
+def restore(path: Path, cfg: Config) -> Trained:
+    """The trained model, from a checkpoint folder or a file of the published code."""
+    if path.is_dir():
+        tensors, state = checkpoint.load(path)
+        _warn_of_differences(cfg, config_of(state, path))
+        model = build(cfg, state["classes"], max(state["cameras"]) + 1)
+        load_model(model, tensors["model"] | tensors.get("average", {}))  # of the weights, if one was kept
+        return Trained(model, tuple(state["cameras"]), state["config"]["DATASETS"]["NAMES"])
+    published = read_state(path)
+    classes = {len(t) for name, t in published.items() if re.search(r"classifier(_\d)?\.weight$", name)}
+    if len(classes) != 1:
+        raise WeightsError(f"{path} is no trained FusionReID: it holds no classifier; name a checkpoint of one")
+    cameras = max((len(t) for name, t in published.items() if name.endswith("sie_embed")), default=1)
+    model = build(cfg, classes.pop(), cameras)
+    load_published(model, published)
+    return Trained(model, tuple(range(cameras)), None)
+
+
+def _warn_of_differences(cfg: Config, trained: Config) -> None:
+    """Features mean something only in the model, and for the pixels, that were trained."""
+    idle = {"DEVICE", "PRETRAIN_CHOICE", "PRETRAIN_PATH", "PRETRAIN_PATH_R", "PRETRAIN_PATH_T", "SIZE_TEST"}
+    for section in ("MODEL", "INPUT"):
+        ours, theirs = (getattr(c, section).model_dump() for c in (cfg, trained))
+        for key, value in ours.items():
+            if key not in idle and value != theirs[key]:
+                log.warning("%s.%s is %s, the checkpoint was trained with %s", section, key, value, theirs[key])

@@ -1,0 +1,1 @@
+"""Processes and devices: groups, sharding, whole-batch statistics, compilation."""

@@ -1,0 +1,220 @@
+"""Processes and shards: how a run starts, how a model is spread over ranks, and what crosses between them."""
+
+import logging
+import math
+import os
+import platform
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from fusionreid.engine.config import ParallelConfig
+from fusionreid.engine.distributed.compile import blocks, compile_parts
+from fusionreid.engine.distributed.global_batch import synchronise_norms
+
+T = TypeVar("T")
+Model = TypeVar("Model", bound=nn.Module)
+log = logging.getLogger(__name__)
+UNCOMPILED = ParallelConfig(COMPILE="off")
+LAUNCHED = "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"  # beside WORLD_SIZE, what torchrun tells a process
+TIMEOUT = timedelta(minutes=10)  # a rank that has not answered by then is dead
+
+
+class DeviceError(ValueError):
+    """The configuration asks for a device that is not there."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run and what this one is among them."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Rank 0 does the work before the others do it too: what it left on disk they find."""
+        result = work() if self.main else None
+        dist.barrier()
+        return work() if result is None else result
+
+
+def start(device_type: str, *, required: bool = False) -> Ranks:
+    """Join the processes that torchrun started, or be the only one.
+
+    `device_type` is cuda or cpu; without a GPU, cuda means cpu and says so, or is an error if it is `required`.
+    """
+    world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    if device_type == "cuda" and not torch.cuda.is_available():
+        if required:
+            raise DeviceError("MODEL.DEVICE is cuda and torch finds no GPU: check the driver, or set MODEL.DEVICE cpu")
+        log.warning("torch finds no GPU: computing on the CPU")
+        device_type = "cpu"
+    if device_type == "cuda" and local_rank >= (count := torch.cuda.device_count()):
+        raise DeviceError(f"torch finds {count} GPUs here, for process {local_rank + 1} there is none: "
+                          f"start torchrun with --nproc-per-node {count}")  # fmt: skip
+    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # shapes are few and stay
+    if "WORLD_SIZE" in os.environ and (missing := [name for name in LAUNCHED if name not in os.environ]):
+        raise DeviceError(f"WORLD_SIZE is set and {', '.join(missing)} not: start with torchrun, or unset WORLD_SIZE")
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if "WORLD_SIZE" in os.environ:
+            store, rank, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            # A restarted run must not find the addresses of its dead predecessors, which torchrun's store keeps.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Ranks(dist.get_rank(), world_size, device, init_device_mesh(device.type, (world_size,)))
+
+
+def finish() -> None:
+    """All processes part together: one that simply ended could tear its own threads apart."""
+    if dist.get_world_size() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Where activations are computed in bf16 or fp16; weights, norms' statistics and losses stay fp32.
+
+    bf16 becomes fp32 on a CPU that would have to imitate it, which is slower and less exact.
+    """
+    enabled = precision == "fp16" or (precision == "bf16" and (device.type != "cpu" or cpu_has_bf16()))
+    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=enabled)
+
+
+@cache
+def cpu_has_bf16() -> bool:
+    """Instructions for it, not only software; says so once if not."""
+    has = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if has and platform.machine().lower() in ("x86_64", "amd64"):  # there it means AVX-512 of any kind
+        has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if not has:
+        log.warning("this CPU has no bf16 instructions: SOLVER.PRECISION bf16 computes in fp32 here")
+    return has
+
+
+def shard(model: Model, ranks: Ranks, cfg: ParallelConfig = UNCOMPILED) -> Model:
+    """What PARALLEL asks for, in the one order that works: batch norms, checkpointing, compile, FSDP2.
+
+    FSDP2 is there at every world size. Parameters stay gathered between forward and backward: a model of this size
+    fits, and one gather is saved. A mesh of two dimensions, where SHARD is not all processes, is HSDP.
+    """
+    if cfg.EXACT and ranks.world_size > 1:
+        synchronise_norms(model)
+    compile_parts(model, cfg, ranks.device)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes into an output
+    mesh = _mesh(ranks, cfg.SHARD)
+    for part in (*(blocks(model) if cfg.COMPILE != "whole" else ()), model):  # a whole graph has no place for gathers
+        fully_shard(part, mesh=mesh, reshard_after_forward=False)
+    return model
+
+
+def _mesh(ranks: Ranks, share: int) -> DeviceMesh:
+    """Processes that share one copy of the weights, in one or more such groups."""
+    if share in (0, ranks.world_size):
+        return ranks.mesh
+    if ranks.world_size % share:
+        raise DeviceError(f"PARALLEL.SHARD must divide the {ranks.world_size} processes, got {share}")
+    shape = ranks.world_size // share, share
+    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; a tensor that is not sharded as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shards_of(tensor: Tensor) -> int:
+    """Into how many parts a tensor is cut; 1 if it is not sharded."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if placement.is_shard())
+
+
+def full_tensor(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """The whole of a sharded tensor on the CPU; `like` lends its sharding to a plain local shard. All ranks call it."""
+    if isinstance(like, DTensor) and tensor.ndim == like.ndim and tensor.ndim > 0:
+        tensor = DTensor.from_local(tensor, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+
+def shard_like(full: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole CPU tensor, sharded as `like` is."""
+    full = full.to(like.device)
+    if isinstance(like, DTensor) and full.ndim == like.ndim:
+        return distribute_tensor(full, like.device_mesh, like.placements).to_local()
+    return full
+
+
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """Mean over ranks, in place."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor.div_(dist.get_world_size())
+    return tensor
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Maximum over ranks, in place."""
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all ranks, one rank's below the other's, on every rank; the ranks may have different numbers."""
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)]))
+    padded = rows.new_zeros((max(int(count) for count in counts), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
+
+
+@torch.no_grad()
+def equalise_statistics(model: nn.Module) -> None:
+    """Batch-norm running statistics become their mean over ranks."""
+    equalise([buffer for buffer in model.buffers() if buffer.is_floating_point()])
+
+
+@torch.no_grad()
+def equalise(tensors: Sequence[Tensor]) -> None:
+    """Each becomes its mean over ranks, in place: one flat reduction."""
+    if dist.get_world_size() == 1 or not tensors:
+        return
+    flat = all_reduce_mean(torch.cat([t.flatten() for t in tensors]))
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of the gathered weights: no backward pass has done so after an evaluation, and they may be old by then."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

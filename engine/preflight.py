@@ -1,0 +1,202 @@
+"""What a training needs, looked at piece by piece: each is a row of a table, and what is wrong ends in an exit code."""
+
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from fusionreid import FusionReID
+from fusionreid.dataloading import Split, read_split
+from fusionreid.dataloading.bad_images import BadImages
+from fusionreid.dataloading.cache import free_host_memory
+from fusionreid.dataloading.decode import BICUBIC, decode
+from fusionreid.dataloading.decode_workers import BATCHES_AHEAD
+from fusionreid.dataloading.records import check_batch, scarce_persons, shown
+from fusionreid.engine.checkpoints import checkpoint
+from fusionreid.engine.checkpoints.load_model import build, find_checkpoint
+from fusionreid.engine.config import Config
+from fusionreid.engine.evaluation.evaluator import check_cameras, split_ids
+from fusionreid.engine.evaluation.retrieval import check_matches
+from fusionreid.weights import check_weights, load_pretrained
+from fusionreid.weights.formats import read_state
+
+NEEDED = ("torch", "torchvision", "timm", "triton", "numpy", "pillow", "safetensors", "tensorboard")
+OPTIONAL = ("nvidia-dali-cuda130",)
+CHECKPOINTS = 3  # on disk at once: two are kept beside the one being written
+STATES = {"SGD": 1, "AdamW": 2, "Adam": 2}  # numbers an optimiser keeps for a weight
+SHARED = Path("/dev/shm")
+NAME, VERDICT = 15, 7  # columns of the table
+
+T = TypeVar("T")
+
+
+class Unfit(RuntimeError):
+    """Something that would stop a training; the code is that of the first such thing."""
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Table:
+    """Prints a row as soon as it is known."""
+
+    def __init__(self) -> None:
+        self.wrong: dict[str, int] = {}  # name of a row -> exit code
+
+    def row(self, name: str, work: Callable[[], tuple[str, T]]) -> T | None:
+        """Text and finding of a piece of work; None where it met what would stop a training."""
+        try:
+            text, found = work()
+            self._print(name, "ok", text)
+            return found
+        except Exception as error:
+            code = getattr(error, "exit_code", 2 if isinstance(error, OSError) else None)
+            if code is None:
+                raise  # our mistake
+            self._print(name, "WRONG", str(error))
+            self.wrong[name] = code
+            return None
+
+    def _print(self, name: str, verdict: str, text: str) -> None:
+        first, *more = text.splitlines() or [""]
+        print(f"{name:{NAME}}{verdict:{VERDICT}}{first}")
+        for line in more:
+            print(f"{'':{NAME + VERDICT}}{line}", flush=True)
+
+
+def examine(cfg: Config, *, decode: bool = False) -> None:
+    """Print the table of the configuration; raise `Unfit` at its end if anything in it is wrong."""
+    table = Table()
+    table.row("versions", _versions)
+    table.row("device", lambda: _device(cfg))
+    split = table.row("data set", lambda: _data_set(cfg))
+    if split is not None:
+        found: Split = split
+        split = table.row("image files", lambda: _image_files(cfg, found, decode)) or found
+        table.row("batches", lambda: _batches(cfg, found))
+        table.row("test", lambda: _test(cfg, found))
+    model = table.row("weights", lambda: _weights(cfg, split))
+    table.row("checkpoint", lambda: _checkpoint(cfg))
+    table.row("disk", lambda: _disk(cfg, model.num_parameters if model else 0))
+    table.row("memory", lambda: _memory(cfg, split))
+    if table.wrong:
+        raise Unfit(f"a training would stop at: {', '.join(table.wrong)}", next(iter(table.wrong.values())))
+
+
+def _versions() -> tuple[str, None]:
+    found, missing = [f"python {platform.python_version()}"], []
+    for name in (*NEEDED, *OPTIONAL):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            missing.append(name)
+    absent = [name for name in missing if name in NEEDED]
+    if absent:
+        raise Unfit(f"not installed: {', '.join(absent)}; pip install {' '.join(absent)}")
+    return "\n".join([", ".join(found), *(f"not installed, and not needed: {name}" for name in missing)]), None
+
+
+def _device(cfg: Config) -> tuple[str, None]:
+    wanted = cfg.MODEL.DEVICE == "cuda" and "DEVICE" in cfg.MODEL.model_fields_set
+    if wanted and not torch.cuda.is_available():
+        raise Unfit("MODEL.DEVICE is cuda and torch finds no GPU: check the driver, or set MODEL.DEVICE cpu")
+    if cfg.MODEL.DEVICE == "cpu" or not torch.cuda.is_available():
+        return f"CPU, {len(os.sched_getaffinity(0))} cores", None
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        major, minor = torch.cuda.get_device_capability(index)
+        name = torch.cuda.get_device_name(index)
+        lines.append(f"{index}: {name}, compute capability {major}.{minor}, {_gb(free)} of {_gb(total)} free")
+    return "\n".join(lines), None
+
+
+def _data_set(cfg: Config) -> tuple[str, Split]:
+    split = read_split(cfg.DATASETS)
+    return split.describe(), split
+
+
+def _image_files(cfg: Config, split: Split, whole: bool) -> tuple[str, Split]:
+    rule = BadImages(cfg.DATASETS.ON_BAD, Path(cfg.OUTPUT_DIR))
+    used = rule.check(split, decode=partial(decode, size=cfg.INPUT.SIZE_TRAIN, resize=BICUBIC) if whole else None)
+    how = "decoded" if whole else "header and end read"
+    note = used.note.removeprefix(split.note).removeprefix("; ")
+    return "\n".join([f"{rule.total:,}: {how}", *([note] if note else [])]), used
+
+
+def _batches(cfg: Config, split: Split) -> tuple[str, None]:
+    batch, instances = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
+    check_batch(split, batch, instances)
+    persons = batch // instances
+    shares = ", ".join(str(n) for n in range(1, persons + 1) if persons % n == 0)
+    lines = [f"{persons} persons x {instances} images, for {shares} processes"]
+    if scarce := scarce_persons(split, instances):
+        lines.append(f"{scarce} persons have fewer than {instances} images: theirs repeat in a batch")
+    return "\n".join(lines), None
+
+
+def _test(cfg: Config, split: Split) -> tuple[str, None]:
+    check_cameras(split, split.cameras, cfg)
+    check_matches(*split_ids(split))
+    return f"{len(split.query):,} queries in {len(split.gallery):,} images", None
+
+
+def _weights(cfg: Config, split: Split | None) -> tuple[str, FusionReID]:
+    check_weights(cfg.MODEL)
+    persons, cameras = (split.num_persons, split.num_cameras) if split else (1, 1)
+    with torch.device("meta" if cfg.MODEL.PRETRAIN_CHOICE == "none" else "cpu"):
+        model = build(cfg, persons, cameras)
+    lines = [report.describe() for report in load_pretrained(model, cfg.MODEL)] or ["drawn at random"]
+    return "\n".join([f"{model.num_parameters / 1e6:.1f} M parameters", *lines]), model
+
+
+def _checkpoint(cfg: Config) -> tuple[str, None]:
+    if not cfg.TEST.WEIGHT:
+        folder = Path(cfg.OUTPUT_DIR) / "checkpoints"
+        newest = checkpoint.latest(folder)
+        return (f"training goes on from {newest}" if newest else f"none in {folder}: training starts anew"), None
+    path = find_checkpoint(cfg)
+    if path.is_dir():
+        checkpoint.verify(path)
+    else:
+        read_state(path)
+    return f"TEST.WEIGHT {path} is whole", None
+
+
+def _disk(cfg: Config, parameters: int) -> tuple[str, None]:
+    output = Path(cfg.OUTPUT_DIR).absolute()
+    there = next(folder for folder in (output, *output.parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise Unfit(f"OUTPUT_DIR {shown(output)} cannot be written; set another one")
+    free = shutil.disk_usage(there).free
+    needed = CHECKPOINTS * 4 * parameters * (1 + STATES[cfg.SOLVER.OPTIMIZER_NAME])
+    text = f"{_gb(free)} free for {shown(output)}, {CHECKPOINTS} checkpoints need {_gb(needed)}"
+    if free < needed:
+        raise Unfit(f"{text}: make room or set another OUTPUT_DIR", 4)
+    return text, None
+
+
+def _memory(cfg: Config, split: Split | None) -> tuple[str, None]:
+    sizes = (cfg.INPUT.SIZE_TRAIN, cfg.SOLVER.IMS_PER_BATCH), (cfg.INPUT.SIZE_TEST, cfg.TEST.IMS_PER_BATCH)
+    batch = max(3 * height * width * images for (height, width), images in sizes)
+    needed, free = cfg.DATALOADER.NUM_WORKERS * BATCHES_AHEAD * batch, shutil.disk_usage(SHARED).free
+    shared = f"{_gb(free)} free in {SHARED}, {cfg.DATALOADER.NUM_WORKERS} decoding processes need {_gb(needed)}"
+    if free < needed:
+        raise Unfit(f"{shared}: enlarge it (a container's --shm-size), or set DATALOADER.NUM_WORKERS lower", 6)
+    images = ""
+    if split:
+        counts = len(split.train), len(split.query) + len(split.gallery)
+        train, test = (_gb(3 * h * w * count) for ((h, w), _), count in zip(sizes, counts, strict=True))
+        images = f", decoded the training images are {train}, query and gallery {test}"
+    return f"{_gb(free_host_memory())} free{images}\n{shared}", None
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"

@@ -1,0 +1,1 @@
+"""What an evaluation leaves: tables, rank lists, the HTML report."""

@@ -1,1 +1,0 @@
-"""What an evaluation leaves: measures, a table, a report."""

@@ -1,0 +1,1 @@
+"""The trainer, its step, optimisers, EMA and CUDA graph."""

@@ -1,0 +1,190 @@
+"""One training step: forward, losses of the whole batch, backward, update. Its state is tensors that stay in place."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fusionreid.dataloading.loader import Batch
+from fusionreid.drop_path import Draws
+from fusionreid.engine.config import Config
+from fusionreid.engine.distributed import parallel
+from fusionreid.engine.distributed.global_batch import gather_ranks
+from fusionreid.engine.distributed.parallel import Ranks
+from fusionreid.engine.training.cuda_graph import Graphed
+from fusionreid.engine.training.ema import Average
+from fusionreid.engine.training.optim import Optimizer
+from fusionreid.losses import CenterLoss, CosineMargin, head_names, reid_loss
+from fusionreid.model import Outputs
+
+
+class ChunkError(ValueError):
+    """A batch cannot be computed in as many chunks as asked for."""
+
+    exit_code = 2
+
+
+class TrainStep:
+    """Enqueued without waiting for the device; what was found waits in `sums` and `bad_step`.
+
+    With SOLVER.ACCUMULATE a batch is embedded in chunks without a graph, the loss is that of all embeddings, and each
+    chunk is computed again to pass its embeddings' gradients on: the gradient of the whole batch in the memory of one
+    chunk. Batch norm normalises each chunk by its own statistics.
+    Source: Gao et al., Scaling Deep Contrastive Learning Batch Size, arXiv:2101.06983.
+    """
+
+    def __init__(
+        self, model: FSDPModule, optimizer: Optimizer, cfg: Config, ranks: Ranks, center_loss: CenterLoss | None = None
+    ) -> None:
+        self.model, self.optimizer, self.cfg, self.ranks, self.center_loss = model, optimizer, cfg, ranks, center_loss
+        self.exact = cfg.PARALLEL.EXACT and ranks.world_size > 1
+        self.average = Average(model, cfg.SOLVER.EMA) if cfg.SOLVER.EMA else None
+        self.loss_options = loss_options(cfg, center_loss)
+        self.heads = head_names(cfg.MODEL.RES_USE, cfg.MODEL.TRANS_USE)
+        share, chunks = cfg.SOLVER.IMS_PER_BATCH // ranks.world_size, cfg.SOLVER.ACCUMULATE
+        if share % chunks or share < 2 * chunks:
+            rule = f"divide the {share} images of a process into chunks of 2 or more"
+            raise ChunkError(f"SOLVER.ACCUMULATE must {rule}, got {chunks}")
+        self.chunks = [slice(start, start + share // chunks) for start in range(0, share, share // chunks)]
+        images = torch.arange(ranks.rank * share, (ranks.rank + 1) * share, device=ranks.device)
+        self.draws = Draws(model, cfg.SOLVER.SEED, images)
+        self.seed = 0
+        self.number = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        self.wants_stop = torch.zeros((), device=ranks.device)
+        self.sums = torch.zeros(2 * len(self.heads) + 2, dtype=torch.float64, device=ranks.device)  # since the last log
+        self.summed = 0  # steps in `sums`
+        self.bad_step = torch.full((), -1, device=ranks.device)  # the first with a non-finite loss
+        self._work: Callable[..., None] = Graphed(self.update) if fits_graph(cfg, ranks) else self.update
+
+    def __call__(self, batch: Batch, number: int, stop: int = 0) -> None:
+        """The step of this number, counted from 0 over all epochs; `stop` is a wish to be passed on to all ranks."""
+        seed = (number * self.ranks.world_size + self.ranks.rank) * len(self.chunks)
+        self.seed = self.cfg.SOLVER.SEED + (seed << 32)
+        torch.manual_seed(self.seed)  # of dropout: nothing random has a state to resume
+        self.number.fill_(number)
+        self.wants_stop.fill_(stop)
+        self._work(batch.images, batch.persons, batch.cameras)
+        self.summed += 1
+
+    def clear(self) -> None:
+        """Begin new sums."""
+        self.sums.zero_()
+        self.summed = 0
+
+    def update(self, images: Tensor, persons: Tensor, cameras: Tensor) -> None:
+        """All that a step does on the device, and nothing that a CUDA graph could not replay."""
+        self.draws.draw(self.number)
+        own, embeddings = self._embed(images, cameras)
+        outputs, persons = self._of_all_ranks(own, persons) if self.exact else (own, persons)
+        loss = reid_loss(outputs, persons, **self.loss_options)
+        self.optimizer.backward(loss.total)
+        if embeddings is not None:
+            self._pass_on(embeddings.grad, images, cameras)
+        hit = (outputs.logits[0].argmax(1) == persons).float().mean()
+        report = torch.cat([loss.identity, loss.triplet, hit[None], self.wants_stop[None]]).detach().double()
+        parallel.all_reduce_mean(report)
+        is_bad = ~report.isfinite().all() & (self.bad_step < 0)
+        self.bad_step.copy_(torch.where(is_bad, self.number, self.bad_step))
+        self.optimizer.step(self.bad_step >= 0)  # once set, no weight moves any more
+        if self.center_loss is not None:
+            self._learn_centers(self.center_loss, outputs.features[0].detach(), persons)
+        if self.average is not None:
+            self.average.update()
+        self.sums += report
+
+    def _forward(self, images: Tensor, cameras: Tensor, number: int) -> Outputs:
+        """Of one chunk, with the same draws whenever it is computed."""
+        chunk = self.chunks[number]
+        self.draws.show(chunk)
+        if number:
+            torch.manual_seed(self.seed + (number << 32))
+        with parallel.autocast(self.cfg.SOLVER.PRECISION, self.ranks.device):
+            return self.model(images[chunk], cameras[chunk])
+
+    def _embed(self, images: Tensor, cameras: Tensor) -> tuple[Outputs, Tensor | None]:
+        """The outputs of the batch; of chunks also what they were cut from, which is where their gradient ends."""
+        if len(self.chunks) == 1:
+            return self._forward(images, cameras, 0), None
+        with torch.no_grad(), frozen_statistics(self.model):
+            parts = [self._forward(images, cameras, number) for number in range(len(self.chunks))]
+        embeddings = torch.cat([pack(part) for part in parts]).requires_grad_()
+        return unpack(embeddings, parts[0]), embeddings
+
+    def _pass_on(self, gradient: Tensor, images: Tensor, cameras: Tensor) -> None:
+        """Gradients of the embeddings to the weights, chunk by chunk; ranks add them up at the last one."""
+        for number, chunk in enumerate(self.chunks):
+            last = number == len(self.chunks) - 1
+            self.model.set_requires_gradient_sync(last)
+            self.model.set_reshard_after_backward(last)
+            if number == 0:
+                torch.manual_seed(self.seed)
+            pack(self._forward(images, cameras, number)).backward(gradient[chunk])
+
+    def _of_all_ranks(self, outputs: Outputs, persons: Tensor) -> tuple[Outputs, Tensor]:
+        return unpack(gather_ranks(pack(outputs)), outputs), gather_ranks(persons)
+
+    def _learn_centers(self, center_loss: CenterLoss, features: Tensor, persons: Tensor) -> None:
+        """Centers follow the unweighted center loss at a rate of their own, the same on all ranks."""
+        centers = center_loss.centers
+        (gradient,) = torch.autograd.grad(center_loss(features, persons), centers)
+        parallel.all_reduce_mean(gradient)
+        centers.data -= torch.where(self.bad_step < 0, self.cfg.SOLVER.CENTER_LR * gradient, 0)
+        centers.grad = None
+
+
+def pack(outputs: Outputs) -> Tensor:
+    """All that the loss reads, side by side (B, ...)."""
+    return torch.cat((*outputs.features, *outputs.logits), 1)
+
+
+def unpack(packed: Tensor, like: Outputs) -> Outputs:
+    """The inverse of `pack`, of any number of images; nothing reads the normed features."""
+    parts = (*like.features, *like.logits)
+    columns = packed.split([part.shape[1] for part in parts], 1)
+    columns = tuple(column.to(part.dtype) for column, part in zip(columns, parts))
+    return Outputs(columns[: len(like.features)], (), columns[len(like.features) :])
+
+
+@contextmanager
+def frozen_statistics(model: FSDPModule) -> Iterator[None]:
+    """Batch norm still normalises by the batch, but its running statistics do not follow."""
+    norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def fits_graph(cfg: Config, ranks: Ranks) -> bool:
+    """Whether a step is the same launches every time: a loss scaler, ranks, seeds and rates in it prevent that.
+
+    It begins and ends with sharded weights, so that gathering them, into the record's own memory, is part of a replay.
+    """
+    plain = cfg.SOLVER.PRECISION != "fp16" and cfg.SOLVER.ACCUMULATE == 1 and not cfg.PARALLEL.CHECKPOINT
+    plain &= cfg.SOLVER.OPTIMIZER_IMPL == "torch"
+    return cfg.PARALLEL.GRAPH and ranks.device.type == "cuda" and ranks.world_size == 1 and plain
+
+
+def loss_options(cfg: Config, center_loss: CenterLoss | None) -> dict[str, Any]:
+    """What `reid_loss` is asked for."""
+    model, solver = cfg.MODEL, cfg.SOLVER
+    cosine_margin = None
+    if model.ID_LOSS_TYPE != "softmax":
+        cosine_margin = CosineMargin(model.ID_LOSS_TYPE, solver.COSINE_MARGIN, solver.COSINE_SCALE)
+    return {
+        "margin": None if model.NO_MARGIN else solver.MARGIN,
+        "label_smoothing": 0.1 if model.IF_LABELSMOOTH else 0.0,
+        "cosine_margin": cosine_margin,
+        "id_weight": model.ID_LOSS_WEIGHT,
+        "triplet_weight": model.TRIPLET_LOSS_WEIGHT,
+        "center_loss": center_loss,
+        "center_weight": solver.CENTER_LOSS_WEIGHT,
+        "product_dtype": parallel.DTYPES[solver.PRECISION] if solver.TRIPLET_PRODUCTS == "amp" else None,
+    }

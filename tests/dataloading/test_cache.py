@@ -1,0 +1,285 @@
+"""The file of decoded images: written once, found again, written anew when anything changed, and never half."""
+
+import logging
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fusionreid.dataloading import cache, read_split
+from fusionreid.dataloading.bad_images import BadImages
+from fusionreid.dataloading.cache import ResidentPixels, load_or_fill, place_for
+from fusionreid.dataloading.config import DataloaderConfig, DatasetsConfig
+from fusionreid.dataloading.decode import decode_batch
+from fusionreid.dataloading.loader import Batch, TestLoader
+from fusionreid.dataloading.records import DataError
+from tests.dataloading.test_loader import INPUT, loader, make_split, same
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+SIZE = (16, 8)
+
+
+@pytest.fixture
+def files(tmp_path) -> list[str]:
+    paths = [tmp_path / "data" / f"{i}.jpg" for i in range(5)]
+    paths[0].parent.mkdir()
+    for path in paths:
+        path.write_bytes(b"image")
+    return [str(path) for path in paths]
+
+
+class Fill:
+    """Images of random pixels in two batches, counting how often it was asked for them."""
+
+    def __init__(self, count: int = 5) -> None:
+        self.images = torch.randint(256, (count, *SIZE, 3), dtype=torch.uint8)
+        self.calls = 0
+
+    def __call__(self):
+        self.calls += 1
+        yield from zip(torch.arange(len(self.images)).split(3), self.images.split(3))
+
+
+def load(paths: list[str], fill, how: str = "torchvision bicubic") -> torch.Tensor:
+    folder = Path(paths[0]).parent
+    return load_or_fill(folder / "cache" / "train.safetensors", str(folder), paths, SIZE, how, fill)
+
+
+def test_it_is_filled_once(files):
+    fill = Fill()
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(lambda _: load(files, fill), range(8)))
+    assert fill.calls == 1
+    assert all(torch.equal(images, fill.images) for images in loaded)
+    assert sorted(os.listdir(Path(files[0]).parent / "cache")) == ["train.lock", "train.safetensors"]
+
+
+def test_it_moves_with_its_data_set(files):
+    load(files, Fill())
+    old = Path(files[0]).parent
+    shutil.move(old, old.parent / "elsewhere")
+    fill = Fill()
+    load([path.replace("/data/", "/elsewhere/") for path in files], fill)
+    assert fill.calls == 0
+
+
+@pytest.mark.parametrize("change", ["size", "time", "order", "fewer", "decoder", "cut", "header"])
+def test_it_is_filled_anew_when_anything_changed(files, change):
+    load(files, Fill())
+    file = Path(files[0]).parent / "cache" / "train.safetensors"
+    changes = {
+        "size": lambda: Path(files[2]).write_bytes(b"another image"),
+        "time": lambda: os.utime(files[2], ns=(0, 1)),
+        "order": files.reverse,
+        "fewer": files.pop,
+        "decoder": lambda: None,
+        "cut": lambda: os.truncate(file, file.stat().st_size - 1),
+        "header": lambda: file.write_bytes(bytes(100) + file.read_bytes()[100:]),
+    }
+    changes[change]()
+    fill = Fill(len(files))
+    assert torch.equal(load(files, fill, f"{'dali' if change == 'decoder' else 'torchvision'} bicubic"), fill.images)
+    assert fill.calls == 1
+
+
+def test_what_fails_half_way_leaves_nothing(files):
+    def fill():
+        yield [0, 1, 2], torch.zeros(3, *SIZE, 3, dtype=torch.uint8)
+        raise DataError("cannot read the image")
+
+    with pytest.raises(DataError, match="cannot read the image"):
+        load(files, fill)
+    assert os.listdir(Path(files[0]).parent / "cache") == ["train.lock"]
+
+
+def test_who_may_only_read_uses_what_others_have_filled(files):
+    load(files, Fill())
+    lock = Path(files[0]).parent / "cache" / "train.lock"
+    lock.unlink()
+    lock.mkdir()  # cannot be opened, like another user's
+    fill = Fill()
+    assert load(files, fill) is not None
+    assert fill.calls == 0
+
+
+def test_two_that_do_not_see_each_others_lock_write_no_common_file(files, monkeypatch):
+    """As where a file system locks on each host alone: one has its draft swept away, and none a wrong file."""
+    monkeypatch.setattr(cache.fcntl, "flock", lambda *_: None)
+    inner = Fill()
+
+    def fill():
+        yield [0, 1, 2], torch.zeros(3, *SIZE, 3, dtype=torch.uint8)
+        assert torch.equal(load(files, inner), inner.images)
+        yield [3, 4], torch.zeros(2, *SIZE, 3, dtype=torch.uint8)
+
+    with pytest.raises(FileNotFoundError):
+        load(files, fill)
+    assert torch.equal(load(files, None), inner.images)
+    assert sorted(os.listdir(Path(files[0]).parent / "cache")) == ["train.lock", "train.safetensors"]
+
+
+def test_what_stands_in_is_not_kept_for_the_file_itself(files):
+    def fill():
+        yield [0, 1, 2], torch.zeros(3, *SIZE, 3, dtype=torch.uint8)
+        yield [1, 4], torch.ones(2, *SIZE, 3, dtype=torch.uint8)
+
+    assert load(files, fill).sum() == 2 * 3 * SIZE[0] * SIZE[1]
+    assert load(files, None) is None
+    assert load([*files[:3], files[1], files[4]], None) is not None
+
+
+def test_batches_are_rows_of_what_stays():
+    images = torch.randint(256, (7, *SIZE, 3), dtype=torch.uint8)
+    batches = [np.array([6, 1, 1]), np.array([3, 1, 2]), np.array([5])]
+    for first in (0, 1):
+        share = images[first:]
+        pixels = ResidentPixels(share, "host", CPU, first)
+        for batch, (stay, rows) in zip(batches, pixels(batches), strict=True):
+            assert stay is share
+            assert torch.equal(stay[rows], images[batch])
+    pixels.close()
+    with pytest.raises(RuntimeError, match="the loader is closed"):
+        next(pixels(batches))
+
+
+def test_where_images_stay(monkeypatch):
+    monkeypatch.setattr(cache, "free_host_memory", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    assert [place_for(size, GPU, size) for size in (250, 251, 500, 501)] == ["device", "host", "host", "none"]
+    assert [place_for(size, GPU, size // 2) for size in (501, 502)] == ["device", "none"]
+    assert [place_for(size, CPU, size) for size in (250, 500, 501)] == ["host", "host", "none"]
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    return make_split(tmp_path_factory.mktemp("market"))
+
+
+def test_resident_images_are_the_files_and_need_no_decoder(split, monkeypatch):
+    plain = list(loader(split).batches(1))
+    for world_size in (1, 2):
+        for rank in range(world_size):
+            one = list(loader(split, rank=rank, world_size=world_size).batches(2))
+            assert same(list(loader(split, cache="host", rank=rank, world_size=world_size).batches(2)), one)
+    monkeypatch.setattr("fusionreid.dataloading.decode_workers.decode_batch", None)
+    train = loader(split, cache="auto", workers=2)
+    assert "30 train images of 32 x 16, 0 MB decoded: resident in host memory, from " in train.note
+    next(train.batches(0))
+    assert same(list(train.batches(1)), plain)
+    train.close()
+
+
+def test_no_room_on_the_disk(split, monkeypatch, caplog):
+    os.remove(next(Path(split.root).glob(".fusionreid-train-*.safetensors")))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(DataError, match=r"CACHE host: .* has no room for .* GB of decoded images; set none"):
+        loader(split, cache="host")
+    with caplog.at_level(logging.WARNING):
+        train = loader(split, cache="auto")
+    assert "decoded anew by torchvision each time" in train.note
+    assert "every image is decoded anew" in caplog.text
+
+
+def test_device_memory_needs_a_device(split):
+    assert "resident in host memory" in images_of(split, cache="device", fill=True).note
+    with pytest.raises(DataError, match=r"DATALOADER\.CACHE device needs a GPU; set host, or auto"):
+        loader(split, cache="device")
+
+
+def images_of(split, cache: str = "auto", backend: str = "auto", workers: int = 0, **settings) -> TestLoader:
+    loading = DataloaderConfig(NUM_WORKERS=workers, CACHE=cache, BACKEND=backend)
+    return TestLoader((*split.query, *split.gallery), INPUT, loading, batch_size=8, root=split.root, **settings)
+
+
+def files_of_test_images(split) -> list[Path]:
+    return list(Path(split.root).glob(".fusionreid-test-*.safetensors"))
+
+
+def test_query_and_gallery_are_decoded_once(tmp_path, monkeypatch):
+    split, read = make_split(tmp_path), []
+    plain = list(images_of(split, "none"))
+
+    def counting(paths, *how):
+        read.extend(paths)
+        return decode_batch(paths, *how)
+
+    monkeypatch.setattr("fusionreid.dataloading.decode_workers.decode_batch", counting)
+    assert "decoded anew by torchvision" in images_of(split).note  # asked only to use a file, it writes none
+    assert not files_of_test_images(split)
+    assert not read
+    test = images_of(split, fill=True)
+    assert sorted(read) == sorted(record.path for record in (*split.query, *split.gallery))
+    assert same(list(test), plain)
+    assert same(list(test), plain)
+    assert same(list(images_of(split)), plain)
+    assert len(read) == 35
+    assert f"35 test images of 24 x 16, 0 MB decoded: resident in host memory, from {split.root}" in test.note
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_every_rank_has_its_share_of_the_resident_images(split, world_size):
+    def shares(cache: str) -> list[Batch]:
+        return [list(images_of(split, cache, rank=rank, world_size=world_size, fill=True)) for rank in ranks]
+
+    ranks = range(world_size)
+    resident, plain = shares("auto"), shares("none")
+    assert all(same(one, other) for one, other in zip(resident, plain, strict=True))
+    assert len({sum(len(batch.images) for batch in share) for share in resident}) == 1
+    indices = [i for share in resident for batch in share for i in batch.indices.tolist()]
+    assert indices == [*range(35), *[34] * (len(indices) - 35)]
+
+
+def test_an_evaluation_needs_no_room_on_the_disk(split, monkeypatch, caplog):
+    for file in files_of_test_images(split):
+        file.unlink()
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    test = images_of(split, "host", fill=True)
+    assert "every image is decoded anew" in caplog.text
+    assert len(list(test)) == 5
+
+
+def test_lists_side_by_side_have_files_of_their_own(tmp_path):
+    market = make_split(tmp_path)
+    rows = [(r.path, r.person, r.camera, part) for part in ("train", "query", "gallery") for r in getattr(market, part)]
+    splits = []
+    for name, some in (("all", rows), ("few", rows[4:])):
+        lines = ["path,person,camera,split", *(",".join(map(str, row)) for row in some)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines))
+        splits.append(read_split(DatasetsConfig(NAMES="csv", ROOT_DIR=str(tmp_path / f"{name}.csv"))))
+    for split in splits:
+        images_of(split, fill=True)
+        loader(split, cache="host").close()
+    assert all("resident" in images_of(split).note for split in splits)
+    assert len(list(tmp_path.glob(".fusionreid-*.safetensors"))) == 4
+
+
+def test_no_file_is_left_of_images_that_cannot_be_read(tmp_path):
+    split = make_split(tmp_path)
+    Path(split.gallery[3].path).write_bytes(b"")
+    with pytest.raises(DataError, match=r"^cannot read the image .*: empty file"):
+        images_of(split, fill=True)
+    assert not files_of_test_images(split)
+
+
+def test_an_image_that_stood_in_is_decoded_itself_when_it_is_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("fusionreid.dataloading.fallback_reader.time", SimpleNamespace(sleep=lambda _: None))
+    split, bad = make_split(tmp_path), BadImages("skip", tmp_path, total=10_000)
+    plain = list(loader(split).batches(1))
+    away = Path(split.train[0].path)
+    data, modified = away.read_bytes(), away.stat().st_mtime_ns
+
+    def put(content: bytes) -> None:  # by its size and time the same file
+        away.write_bytes(content)
+        os.utime(away, ns=(modified, modified))
+
+    put(bytes(len(data)))
+    both = [list(loader(split, cache="host", rank=rank, world_size=2, bad_images=bad).batches(1)) for rank in (0, 1)]
+    cameras = {int(b.cameras[b.indices == 0][0]) for batches in both for b in batches if (b.indices == 0).any()}
+    assert cameras == {split.train[2].camera}
+    put(data)
+    assert same(list(loader(split, cache="host").batches(1)), plain)

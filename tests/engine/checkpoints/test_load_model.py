@@ -1,0 +1,30 @@
+"""Which checkpoint is evaluated: the newest, unless another is asked for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusionreid.engine.checkpoints import checkpoint
+from fusionreid.engine.checkpoints.checkpoint import CheckpointError
+from fusionreid.engine.checkpoints.load_model import find_checkpoint
+from fusionreid.engine.config import Config, load_config
+from tests.runs import arguments
+
+
+def asked(output: Path, weight: str) -> Config:
+    _, path, *overrides = arguments(output, output, TEST__WEIGHT=weight)
+    return load_config(path, overrides)
+
+
+def test_newest_unless_the_best_or_another_is_asked_for(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(CheckpointError, match="train first"):
+        find_checkpoint(asked(tmp_path, "best"))
+    saved = [checkpoint.save(folder, step, {"model": {"w": torch.zeros(1)}}, {}) for step in (1, 2)]
+    with pytest.raises(CheckpointError, match=r"no checkpoint .* has been evaluated"):
+        find_checkpoint(asked(tmp_path, "best"))
+    checkpoint.mark_best(folder, 1, 0.5)
+    assert find_checkpoint(asked(tmp_path, "")) == saved[1]
+    assert find_checkpoint(asked(tmp_path, "best")) == saved[0]
+    assert find_checkpoint(asked(tmp_path, "elsewhere.pth")) == Path("elsewhere.pth")

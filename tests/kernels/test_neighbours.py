@@ -1,0 +1,101 @@
+"""Nearest neighbours: against sorting the fp64 distances, with ties, near-duplicates and every k."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusionreid.kernels import nearest_neighbours, neighbour_lists, neighbours, reference
+from tests.kernels.test_ranking import made_up
+from tests.numerics import assert_close
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(
+    num_query=st.integers(1, 7),
+    num_gallery=st.integers(1, 40),
+    width=st.sampled_from([1, 3, 129]),
+    kind=st.sampled_from(["spread", "ties", "near"]),
+    normalize=st.booleans(),
+    part=st.floats(0, 1),
+    seed=st.integers(0, 9999),
+)
+def test_equals_sorting_fp64_distances(
+    num_query: int, num_gallery: int, width: int, kind: str, normalize: bool, part: float, seed: int
+) -> None:
+    query, gallery = made_up(num_query, num_gallery, width, kind, seed)
+    k = 1 + int(part * (num_gallery - 1))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"BLOCK": 4, "AGAIN_ROWS": 2, "SPARE": 2}.items():
+            patch.setattr(neighbours, name, value)
+        found = nearest_neighbours(query, gallery, k, normalize=normalize)
+    expected = reference.nearest_neighbours(query, gallery, k, normalize=normalize)
+    assert found.indices.tolist() == expected.indices.tolist()
+    torch.testing.assert_close(found.distances, expected.distances, rtol=0, atol=0)
+    largest = gallery.norm(dim=1).max().item() ** 2 + query.norm(dim=1).max().item() ** 2
+    torch.testing.assert_close(
+        found.farthest.double(), expected.farthest, rtol=0, atol=1e-6 * (2 if normalize else 2 * largest)
+    )
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    num_rows=st.integers(1, 40),
+    width=st.sampled_from([1, 3, 129]),
+    kind=st.sampled_from(["spread", "ties", "near"]),
+    ends=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    part=st.floats(0, 1),
+    seed=st.integers(0, 9999),
+)
+def test_lists_of_some_rows_have_the_exact_order(
+    num_rows: int, width: int, kind: str, ends: tuple[float, float], part: float, seed: int
+) -> None:
+    _, features = made_up(1, num_rows, width, kind, seed)
+    k = 1 + int(part * (num_rows - 1))
+    start = int(min(ends) * num_rows)
+    rows = slice(start, max(int(max(ends) * num_rows), start))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"BLOCK": 4, "AGAIN_ROWS": 2, "SPARE": 2}.items():
+            patch.setattr(neighbours, name, value)
+        found = neighbour_lists(features, k, rows=rows)
+    expected = reference.nearest_neighbours(features, features, k)
+    largest = 4e-6 * features.norm(dim=1).max().item() ** 2
+    assert found.indices.tolist() == expected.indices[rows].tolist()
+    torch.testing.assert_close(found.distances, expected.distances[rows], rtol=0, atol=largest)
+    torch.testing.assert_close(found.farthest.double(), expected.farthest[rows], rtol=0, atol=largest)
+
+
+def test_more_near_duplicates_than_spare_candidates() -> None:
+    query, gallery = made_up(5, 300, 400, "near", 1)
+    found, expected = (op(query, gallery, 10) for op in (nearest_neighbours, reference.nearest_neighbours))
+    assert found.indices.tolist() == expected.indices.tolist()
+    assert found.indices.tolist() != torch.cdist(query, gallery).topk(10, largest=False).indices.tolist()
+
+
+def test_a_matrix_against_itself() -> None:
+    rows = torch.randn(30, 16)
+    found = nearest_neighbours(rows, rows, 3, normalize=True)
+    assert found.indices[:, 0].tolist() == list(range(30))
+    assert (found.distances[:, 0] == 0).all()
+    assert_close("cosine", 1 - found.distances[:, 1] / 2, _best_cosine(rows), 1e-6)
+
+
+def _best_cosine(rows: torch.Tensor) -> torch.Tensor:
+    unit = torch.nn.functional.normalize(rows.double())
+    return (unit @ unit.T).fill_diagonal_(-2).max(1).values
+
+
+def test_no_row_is_nearer_than_itself() -> None:
+    farthest = torch.cat([nearest_neighbours(row, row, 1).farthest for row in torch.randn(50, 1, 129)])
+    assert (farthest >= 0).all()
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_k_must_fit_the_gallery(k: int) -> None:
+    with pytest.raises(ValueError, match=f"k must be 1 to 4, the size of the gallery, got {k}"):
+        nearest_neighbours(torch.ones(2, 3), torch.ones(4, 3), k)
+
+
+def test_widths_must_agree() -> None:
+    with pytest.raises(ValueError, match="one model"):
+        nearest_neighbours(torch.ones(2, 3), torch.ones(4, 2), 1)

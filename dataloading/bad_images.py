@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fusionreid.dataloading.dataset_warnings import oddities
-from fusionreid.dataloading.index import condemn, describe, look, scan, write_whole
+from fusionreid.dataloading.index import condemn, describe, look, scan
 from fusionreid.dataloading.records import PARTS, DataError, Record, Split, shown
+from fusionreid.files import write_json
 
 FILE = "bad_images.json"
 TOLERATED = 1000  # one bad file in so many, with `skip`
@@ -119,7 +120,7 @@ class BadImages:
             if more:
                 with suppress(OSError, ValueError):
                     named = json.loads((self.folder / FILE).read_text(encoding="utf-8")) + named
-            write_whole(self.folder / FILE, (json.dumps(named, indent=2) + "\n").encode())
+            write_json(self.folder / FILE, named)
         return len({line["path"] for line in named})
 
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fusionreid.dataloading.records import shown
+from fusionreid.files import atomic_write, remove_drafts
 
 DEVICE_SHARE, HOST_SHARE = 0.25, 0.5  # of the memory now free: activations, workers and other users need the rest
 Place = Literal["device", "host", "none"]
@@ -129,24 +130,16 @@ def _write(file: Path, shape: tuple[int, ...], what: str, marks: Sequence[bytes]
     header = _header(shape, num_bytes, "0" * len(_digest(what, [])))
     if num_bytes > shutil.disk_usage(file.parent).free:
         raise OSError(f"{shown(file.parent)} has no room for {num_bytes * 1e-9:.1f} GB of decoded images")
-    for left in file.parent.glob(f"{file.stem}.*.partial"):  # by a process that was killed
-        left.unlink(missing_ok=True)
-    # A name of its own: where a file system locks on each host alone, two would write to one file.
-    partial, held = file.with_suffix(f".{os.urandom(4).hex()}.partial"), list[bytes]()
-    try:
-        with open(partial, "xb") as out, tqdm(desc="decoding", total=shape[0], unit=" images", disable=None) as bar:
-            out.write(header)
-            for positions, pixels in batches:
-                out.write(pixels.cpu().numpy().data)
-                held += [marks[position] for position in positions]
-                bar.update(len(pixels))
-            out.seek(0)
-            out.write(_header(shape, num_bytes, digest := _digest(what, held)))
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    remove_drafts(file)
+    held: list[bytes] = []
+    with atomic_write(file) as out, tqdm(desc="decoding", total=shape[0], unit=" images", disable=None) as bar:
+        out.write(header)
+        for positions, pixels in batches:
+            out.write(pixels.cpu().numpy().data)
+            held += [marks[position] for position in positions]
+            bar.update(len(pixels))
+        out.seek(0)
+        out.write(_header(shape, num_bytes, digest := _digest(what, held)))
     return digest
 
 

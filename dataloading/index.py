@@ -13,6 +13,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from fusionreid.dataloading.records import open_file, open_image
+from fusionreid.files import atomic_write
 
 FILE = ".fusionreid-index.json"
 FORMAT = b"index 1"  # another format: the file is written anew
@@ -174,17 +175,5 @@ def _save(file: Path, entries: dict[str, Entry]) -> None:
     text = json.dumps(entries, separators=(",", ":")).encode()
     with suppress(OSError):  # a full disk: the next start looks again
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, _digest(text) + b"\n" + text)
-
-
-def write_whole(file: Path, data: bytes) -> None:
-    """Replace a file at once: a reader sees the old one or the new one."""
-    draft = file.with_name(f"{file.name}.{os.urandom(4).hex()}")
-    try:
-        with open(draft, "xb") as output:
-            output.write(data)
-            output.flush()
-            os.fsync(output.fileno())
-        os.replace(draft, file)
-    finally:
-        draft.unlink(missing_ok=True)
+        with atomic_write(file) as index:
+            index.write(_digest(text) + b"\n" + text)

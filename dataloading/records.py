@@ -14,6 +14,8 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
+from fusionreid.errors import ReIDError
+
 PARTS = ("train", "query", "gallery")
 MAX_PIXELS = 25_000_000  # a larger header is a mistake or a decompression bomb
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # no format that starts another program
@@ -21,10 +23,8 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is the stricter rule
 
 
-class DataError(ValueError):
+class DataError(ReIDError, ValueError):
     """Something about the data that its owner can put right."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True, slots=True)

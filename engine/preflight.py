@@ -23,6 +23,7 @@ from fusionreid.engine.checkpoints.load_model import build, find_checkpoint
 from fusionreid.engine.config import Config
 from fusionreid.engine.evaluation.evaluator import check_cameras, split_ids
 from fusionreid.engine.evaluation.retrieval import check_matches
+from fusionreid.errors import ReIDError
 from fusionreid.weights import check_weights, load_pretrained
 from fusionreid.weights.formats import read_state
 
@@ -36,7 +37,7 @@ NAME, VERDICT = 15, 7  # columns of the table
 T = TypeVar("T")
 
 
-class Unfit(RuntimeError):
+class Unfit(ReIDError, RuntimeError):
     """Something that would stop a training; the code is that of the first such thing."""
 
     def __init__(self, message: str, exit_code: int = 2) -> None:

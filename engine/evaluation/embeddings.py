@@ -18,13 +18,15 @@ from torch import Tensor
 
 from fusionreid.dataloading.records import Record, shown
 from fusionreid.engine.command import OutputFolderError
-from fusionreid.engine.storage import StorageError, write_json
+from fusionreid.engine.storage import StorageError
+from fusionreid.errors import ReIDError
+from fusionreid.files import write_json
 
 FORMAT = 1
 FEATURES, INDEX = "features.npy", "index.json"
 
 
-class EmbeddingsError(ValueError):
+class EmbeddingsError(ReIDError, ValueError):
     """A folder that holds no embeddings, or not those that are needed."""
 
     exit_code = 3

@@ -17,11 +17,12 @@ from fusionreid.engine.distributed import parallel
 from fusionreid.engine.distributed.parallel import Ranks
 from fusionreid.engine.evaluation import embeddings
 from fusionreid.engine.evaluation.embeddings import Embeddings
+from fusionreid.errors import ReIDError
 
 FINITE_ROWS = 4096  # looked at at once
 
 
-class NonFiniteError(ArithmeticError):
+class NonFiniteError(ReIDError, ArithmeticError):
     """A loss or a feature is NaN or infinite; nothing was updated or scored with it."""
 
     exit_code = 5

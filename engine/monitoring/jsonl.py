@@ -2,10 +2,11 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fusionreid.files import atomic_write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +53,5 @@ def drop_after(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, TypeError, KeyError):
             continue  # the last line of a killed run
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_write(path, "w", encoding="utf-8") as file:
+        file.write("".join(f"{line}\n" for line in kept))

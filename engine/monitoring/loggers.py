@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from fusionreid.errors import ReIDError
+
 PROJECT = "fusionreid"  # of the trackers, which sort runs by it
 
 
@@ -20,10 +22,8 @@ class Board(Protocol):
         """Write what is still held back."""
 
 
-class MissingBoardError(ValueError):
+class MissingBoardError(ReIDError, ValueError):
     """SOLVER.LOGGERS names a package that is not installed."""
-
-    exit_code = 2
 
 
 def check_boards(names: Sequence[str]) -> None:

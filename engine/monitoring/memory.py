@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusionreid.engine.config import Config
+from fusionreid.errors import ReIDError
 
 SIGNS = ("MemoryError", "OutOfMemoryError", "out of memory", "not enough memory", "DefaultCPUAllocator",
          "STATUS_ALLOC_FAILED")  # fmt: skip
@@ -20,7 +21,7 @@ EVALUATION = {"evaluate", "embed"}  # functions
 AFTER_A_STEP, WITHIN_THE_FIRST = 0.9, 0.5  # of what a linear estimate gives: the first step had yet more to ask for
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemory(ReIDError, RuntimeError):
     """A training did not fit; says which batch might."""
 
     exit_code = 6

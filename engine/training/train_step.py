@@ -18,14 +18,13 @@ from fusionreid.engine.distributed.parallel import Ranks
 from fusionreid.engine.training.cuda_graph import Graphed
 from fusionreid.engine.training.ema import Average
 from fusionreid.engine.training.optim import Optimizer
+from fusionreid.errors import ReIDError
 from fusionreid.losses import CenterLoss, CosineMargin, head_names, reid_loss
 from fusionreid.model import Outputs
 
 
-class ChunkError(ValueError):
+class ChunkError(ReIDError, ValueError):
     """A batch cannot be computed in as many chunks as asked for."""
-
-    exit_code = 2
 
 
 class TrainStep:

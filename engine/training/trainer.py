@@ -30,9 +30,10 @@ from fusionreid.engine.monitoring.metrics import Metrics
 from fusionreid.engine.monitoring.mfu import images_per_s_at_peak
 from fusionreid.engine.monitoring.profiler import Trace
 from fusionreid.engine.monitoring.startup import Startup
-from fusionreid.engine.storage import StorageError, write_json
+from fusionreid.engine.storage import StorageError
 from fusionreid.engine.training.optim import Optimizer
 from fusionreid.engine.training.train_step import TrainStep
+from fusionreid.files import write_json
 from fusionreid.losses import CenterLoss
 from fusionreid.weights import load_pretrained
 

@@ -64,7 +64,7 @@ def test_a_full_disk_is_not_blamed_on_a_worker(tmp_path):
 
 STARTING = """
 import signal, sys
-from dataloading import read_split
+from fusionreid.dataloading import read_split
 from fusionreid.dataloading.config import DatasetsConfig
 from tests.dataloading.test_loader import loader
 
@@ -96,7 +96,7 @@ def test_signals_do_not_reach_the_server_while_it_starts(split, tmp_path, number
 
 RUN = """
 import sys, time
-from dataloading import read_split
+from fusionreid.dataloading import read_split
 from fusionreid.dataloading.config import DatasetsConfig
 from tests.dataloading.test_loader import loader, worker_pids
 

@@ -24,8 +24,8 @@ class ViT(nn.Module):
     """Images (B, 3, H, W) and cameras (B,) -> tokens (B, 1 + N, C) after the last norm, class token first.
 
     SIE adds `sie_weight * sie_embed[camera]` to every token; camera -1 is an unknown camera and gets the mean row. With
-    a single row there is nothing to tell apart, hence no table. `registers` tokens follow the class token inside and are
-    left out of the result. The position table begins with rows for `positioned_prefix` of these tokens; None means no
+    a single row there is nothing to tell apart, hence no table. `registers` tokens follow the class token inside and
+    are left out of the result. The position table begins with rows for `positioned_prefix` of these tokens; None means no
     table. With `rope`, timm's rotary embedding of the grid, the blocks turn queries and keys.
     """
 

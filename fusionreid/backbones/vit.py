@@ -25,8 +25,8 @@ class ViT(nn.Module):
 
     SIE adds `sie_weight * sie_embed[camera]` to every token; camera -1 is an unknown camera and gets the mean row. With
     a single row there is nothing to tell apart, hence no table. `registers` tokens follow the class token inside and
-    are left out of the result. The position table begins with rows for `positioned_prefix` of these tokens; None means no
-    table. With `rope`, timm's rotary embedding of the grid, the blocks turn queries and keys.
+    are left out of the result. The position table begins with rows for `positioned_prefix` of these tokens; None: there
+    is no table. With `rope`, timm's rotary embedding of the grid, the blocks turn queries and keys.
     """
 
     def __init__(

@@ -54,7 +54,7 @@ def test_what_is_about_memory_and_what_is_not() -> None:
 def test_peak_and_what_is_held_follow_what_is_allocated() -> None:
     script = """
 import torch
-from engine import memory
+from fusionreid.engine.monitoring import memory
 before = memory.held()
 block = torch.ones(64 * 2**20 // 4)
 assert memory.held() - before > 60 * 2**20

@@ -59,10 +59,11 @@ def _self_attention_launches(
     operations = images * sum(4 * heads * width * n**2 for n in lengths)
     outputs = [torch.zeros(1, n, heads * width, dtype=dtype) for n in lengths]
     sums = [torch.zeros(1, heads, n) for n in lengths]
-    yield Launch(f"{name}, forward", lambda: forward(qkv, 1.0, True), bytes_moved * 4 / 3, operations)
+    yield Launch(f"{name}, forward", lambda: forward(qkv, 1.0, True), bytes_moved * 4 / 3, operations, images)
     yield Launch(
-        f"{name}, backward", lambda: backward(qkv, outputs, sums, outputs, 1.0), bytes_moved * 8 / 3, 2.5 * operations
-    )
+        f"{name}, backward", lambda: backward(qkv, outputs, sums, outputs, 1.0), bytes_moved * 8 / 3, 2.5 * operations,
+        images,
+    )  # fmt: skip
 
 
 def class_launches(images: int, lengths: Sequence[int], heads: int, width: int, dtype: torch.dtype) -> Iterator[Launch]:
@@ -79,9 +80,9 @@ def class_launches(images: int, lengths: Sequence[int], heads: int, width: int, 
     small = images * sum(t.nbytes for t in absorbed)
     operations = images * sum(4 * heads * inner * n for n in lengths)
     yield Launch(f"{name}, forward", lambda: forward(tokens, absorbed, vectors, vectors, [1e-5, 1e-5], 1.0, True),
-                 moved + 2 * small, operations)  # fmt: skip
+                 moved + 2 * small, operations, images)  # fmt: skip
     yield Launch(f"{name}, backward", lambda: backward(tokens, absorbed, vectors, pooled, traces, absorbed, 1.0),
-                 2 * moved + 4 * small, 2 * operations)  # fmt: skip
+                 2 * moved + 4 * small, 2 * operations, images)  # fmt: skip
 
 
 @contextmanager

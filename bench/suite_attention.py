@@ -76,15 +76,18 @@ def class_launches(images: int, lengths: Sequence[int], heads: int, width: int, 
     absorbed = [torch.zeros(heads, 1, inner, dtype=dtype).transpose(0, 1) for _ in lengths]
     vectors = [torch.zeros(inner, dtype=dtype) for _ in lengths]
     forward, backward = torch.ops.fusionreid.class_attention, torch.ops.fusionreid.class_attention_backward
-    pooled = [torch.zeros(1, heads, inner, dtype=dtype) for _ in lengths]
-    traces = [torch.zeros(1, n + 3, 16) for n in lengths]
+    saved = [
+        torch.zeros(1, *shape)
+        for n in lengths
+        for shape in ((heads, inner), (n, 16), (2, n), (3, 16))  # as `Saved` has them
+    ]
     name = f"class attention, N {' and '.join(map(str, lengths))}, {str(dtype).removeprefix('torch.')}"
     moved = images * sum(t.numel() * t.element_size() for t in tokens)
     small = images * sum(t.nbytes for t in absorbed)
     operations = images * sum(4 * heads * inner * n for n in lengths)
     yield Launch(f"{name}, forward", lambda: forward(tokens, absorbed, vectors, vectors, [1e-5, 1e-5], 1.0, True),
                  moved + 2 * small, operations)  # fmt: skip
-    yield Launch(f"{name}, backward", lambda: backward(tokens, absorbed, vectors, pooled, traces, absorbed, 1.0),
+    yield Launch(f"{name}, backward", lambda: backward(tokens, absorbed, vectors, saved, absorbed, 1.0),
                  2 * moved + 4 * small, 2 * operations)  # fmt: skip
 
 

@@ -117,15 +117,26 @@ def cpu_has_bf16() -> bool:
     return has
 
 
-def shard(model: Model, ranks: Ranks, cfg: ParallelConfig = UNCOMPILED) -> Model:
-    """What PARALLEL asks for, in the one order that works: batch norms, checkpointing, compile, FSDP2.
+def is_exact(cfg: ParallelConfig, ranks: Ranks) -> bool:
+    """Whether batch norm and mining span all processes: PARALLEL.EXACT auto or yes, and more than one process."""
+    return cfg.EXACT is not False and ranks.world_size > 1
 
-    FSDP2 is there at every world size. Parameters stay gathered between forward and backward: a model of this size
-    fits, and one gather is saved. A mesh of two dimensions, where SHARD is not all processes, is HSDP.
+
+def shard(model: Model, ranks: Ranks, cfg: ParallelConfig = UNCOMPILED) -> Model:
+    """Apply what PARALLEL asks for, in the one order that works: batch norms, checkpointing, compile, FSDP2.
+
+    One process is not wrapped: FSDP2 would copy every parameter and gradient in each step. Parameters stay gathered
+    between forward and backward: a model of this size fits, and one gather is saved. A mesh of two dimensions, where
+    SHARD is not all processes, is HSDP.
     """
-    if cfg.EXACT and ranks.world_size > 1:
+    if is_exact(cfg, ranks):
         synchronise_norms(model)
+    if ranks.world_size == 1 and ranks.device.type == "cuda":
+        model.to(memory_format=torch.channels_last)
     compile_parts(model, cfg, ranks.device)
+    if ranks.world_size == 1:
+        _check_share(ranks, cfg.SHARD)
+        return model
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes into an output
     mesh = _mesh(ranks, cfg.SHARD)
     for part in (*(blocks(model) if cfg.COMPILE != "whole" else ()), model):  # a whole graph has no place for gathers
@@ -137,10 +148,14 @@ def _mesh(ranks: Ranks, share: int) -> DeviceMesh:
     """Processes that share one copy of the weights, in one or more such groups."""
     if share in (0, ranks.world_size):
         return ranks.mesh
-    if ranks.world_size % share:
-        raise DeviceError(f"PARALLEL.SHARD must divide the {ranks.world_size} processes, got {share}")
+    _check_share(ranks, share)
     shape = ranks.world_size // share, share
     return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _check_share(ranks: Ranks, share: int) -> None:
+    if share and ranks.world_size % share:
+        raise DeviceError(f"PARALLEL.SHARD must divide the {ranks.world_size} processes, got {share}")
 
 
 def local_shard(tensor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from fusionreid.engine.checkpoints.load_model import build, config_of
 from fusionreid.engine.command import Stop, lock
 from fusionreid.engine.config import Config
 from fusionreid.engine.distributed import parallel
+from fusionreid.engine.distributed.global_batch import check_mining
 from fusionreid.engine.evaluation.evaluator import NonFiniteError, check_cameras, evaluate, split_ids
 from fusionreid.engine.evaluation.extract import images_of
 from fusionreid.engine.evaluation.retrieval import Ranking, check_matches
@@ -95,6 +96,8 @@ class Trainer:
         self.bad_images = BadImages(cfg.DATASETS.ON_BAD, self.output, ranks.main)
         self.split = ranks.first(lambda: self.bad_images.check(read_split(cfg.DATASETS)))
         check_batch(self.split, cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE, ranks.world_size)
+        if ranks.world_size > 1 and not parallel.is_exact(cfg.PARALLEL, ranks):
+            check_mining(cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE, ranks.world_size)
         check_cameras(self.split, self.split.cameras, cfg)
         check_matches(*split_ids(self.split))
         self._say(self.split.describe())

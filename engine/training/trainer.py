@@ -20,7 +20,7 @@ from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.checkpoints.load_model import build, config_of, load_model
 from fusionreid.engine.command import Stop, lock
 from fusionreid.engine.config import Config
-from fusionreid.engine.distributed import parallel
+from fusionreid.engine.distributed import parallel, peers
 from fusionreid.engine.evaluation.evaluator import Evaluation, NonFiniteError, check_cameras, evaluate, split_ids
 from fusionreid.engine.evaluation.extract import images_of
 from fusionreid.engine.evaluation.retrieval import check_matches
@@ -249,6 +249,7 @@ class Run:
             path = checkpoint.save(folder, self.step, tensors, state)
             checkpoint.purge(folder)
             self.failed_saves = 0
+            peers.goes_on_from(self.step)
             self.metrics.event(f"step {self.step}: saved {path}")
         except StorageError as error:
             self.failed_saves += 1
@@ -276,6 +277,7 @@ class Run:
         if self.train_step.average is not None:
             self.train_step.average.load(tensors["average"])
         self.epoch, self.step_in_epoch, self.step = state["epoch"], state["step_in_epoch"], state["step"]
+        peers.goes_on_from(self.step)
         self.say(f"resumed from {path}: epoch {self.epoch}, step {self.step_in_epoch}")
 
     def say(self, text: str) -> None:

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
@@ -54,6 +55,10 @@ class Watch(threading.Thread):
     def orphaned(self) -> bool:
         """Whether the launcher has ended, and with it perhaps the store."""
         return bool(self.launcher) and os.getppid() != self.launcher
+
+    @property
+    def _lost_launcher(self) -> str:
+        return f"torchrun (process {self.launcher}) has ended"
 
     def run(self) -> None:
         """Look every `INTERVAL_S` until `ended` is set."""
@@ -98,7 +103,7 @@ class Watch(threading.Thread):
                 sleep(0.1)
             return ""
         except RuntimeError:
-            return LOST_STORE
+            return self._lost_launcher if self.orphaned else LOST_STORE
 
     def _look(self) -> str:
         """Count, and say which process is lost, if one is."""
@@ -141,10 +146,10 @@ class Watch(threading.Thread):
         """Ask this process to save and end, and end it if it does not."""
         if not self.orphan_since:
             self.orphan_since = monotonic()
-            log.warning("torchrun (process %d) has ended: stopping", self.launcher)
+            log.warning("%s: stopping", self._lost_launcher)
             os.kill(os.getpid(), signal.SIGTERM)
         elif monotonic() - self.orphan_since > GRACE_S:
-            self.end(f"torchrun (process {self.launcher}) has ended")
+            self.end(self._lost_launcher)
 
     def end(self, lost: str) -> None:
         """End this process, whose main thread may wait for ever, with exit code 7 and a message."""
@@ -197,7 +202,8 @@ def meet() -> None:
 def goes_on_from(step: int) -> None:
     """Leave the step of the newest checkpoint in the store, for the message about a lost process."""
     if _watch is not None:
-        _watch.store.set("step", str(step))
+        with suppress(RuntimeError):  # an orphan saves without the launcher's store
+            _watch.store.set("step", str(step))
 
 
 def tell_losses(tell: Callable[[str], None]) -> None:

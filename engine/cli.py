@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 
 DOORS = "train", "evaluate", "embed", "search", "export", "report", "doctor"
-COMMANDS = {name: f"engine.{name}" for name in DOORS}
+COMMANDS = {name: f"fusionreid.engine.{name}" for name in DOORS}
 
 
 def main() -> int:

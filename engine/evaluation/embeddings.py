@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationEr
 from pydantic_core import from_json
 from torch import Tensor
 
-from fusionreid.dataloading.records import Record, open_file, read_file, shown
+from fusionreid.dataloading.records import Record, open_file, printable, read_file
 from fusionreid.engine.command import OutputFolderError
 from fusionreid.engine.storage import StorageError
 from fusionreid.errors import ReIDError
@@ -89,7 +89,7 @@ def check_place(folder: Path) -> None:
         what = "exists and holds more than embeddings"
     except OSError as error:
         what = f"cannot become a folder of embeddings ({error.strerror})"
-    raise OutputFolderError(f"{shown(folder)} {what}, and would be replaced: name a folder that is not there yet")
+    raise OutputFolderError(f"{printable(folder)} {what}, and would be replaced: name a folder that is not there yet")
 
 
 def begin(folder: Path) -> None:
@@ -120,7 +120,7 @@ def finish(folder: Path, index: Index) -> None:
     with _disk(folder):
         if missing := [file.name for file in index.files if not (draft / file.name).is_file()]:
             raise OutputFolderError(
-                f"{shown(folder)} must be on a disk that all hosts share: the first process does not see "
+                f"{printable(folder)} must be on a disk that all hosts share: the first process does not see "
                 f"{', '.join(missing[:3])}, which other processes wrote there"
             )
         with atomic_write(draft / INDEX) as file:
@@ -143,7 +143,7 @@ def index_of(
         source=dict(source),
         persons=[record.person for record in records],
         cameras=[record.camera for record in records],
-        paths=[shown(record.path) for record in records],
+        paths=[printable(record.path) for record in records],
     )
 
 
@@ -227,4 +227,6 @@ def _disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{shown(folder)} cannot be written: {error}; make room or set another folder") from error
+        raise StorageError(
+            f"{printable(folder)} cannot be written: {error}; make room or set another folder"
+        ) from error

@@ -1,6 +1,6 @@
 """Evaluation of a model: features, then the exact rank of every true match, in equal shares by all ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,10 +46,20 @@ def check_cameras(split: Split, cameras: Sequence[int], cfg: Config) -> None:
 
 
 def evaluate(
-    model: nn.Module, split: Split, images: TestLoader, cameras: Sequence[int], cfg: Config, ranks: Ranks
+    model: nn.Module,
+    split: Split,
+    images: TestLoader,
+    cameras: Sequence[int],
+    cfg: Config,
+    ranks: Ranks,
+    *,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Embed query and gallery and rank the gallery for every query, re-ranked if TEST.RE_RANKING says so."""
-    features = embed(model, images, cameras, cfg, ranks)
+    """Embed query and gallery and rank the gallery for every query, re-ranked if TEST.RE_RANKING says so.
+
+    `before_batch` is called by all ranks before each batch and may raise to end the evaluation there.
+    """
+    features = embed(model, images, cameras, cfg, ranks, before_batch=before_batch)
     rankings = rank_all("plain", features, len(split.query), split_ids(split), cfg, ranks)
     return Evaluation(features, rankings.get("re-ranked", rankings["plain"]))
 

@@ -1,6 +1,6 @@
 """From images to test vectors, in equal shares by all ranks, in memory or streamed to files."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -42,15 +42,23 @@ def images_of(
 
 
 @torch.no_grad()
-def embed(model: nn.Module, images: TestLoader, cameras: Sequence[int], cfg: Config, ranks: Ranks) -> Tensor:
+def embed(
+    model: nn.Module,
+    images: TestLoader,
+    cameras: Sequence[int],
+    cfg: Config,
+    ranks: Ranks,
+    *,
+    before_batch: Callable[[], None] = lambda: None,
+) -> Tensor:
     """Test vectors (N, D) in fp32 of all images of all ranks, in order, on every rank.
 
     They are on the ranks' GPUs if every rank has room for them there, else in host memory. `cameras` are those that
-    training saw.
+    training saw. `before_batch` is called by all ranks before each batch and may raise to end the work there.
     """
     share, done = -(-len(images.records) // ranks.world_size), 0
     rows = torch.empty(0)
-    for vectors in embedded_batches(model, images, cameras, cfg, ranks):
+    for vectors in embedded_batches(model, images, cameras, cfg, ranks, before_batch):
         if not done:
             num_bytes = 4 * share * ranks.world_size * vectors.shape[1]
             device = ranks.device if parallel.fits_on_device(ROOM * num_bytes, ranks) else "cpu"
@@ -64,7 +72,12 @@ def embed(model: nn.Module, images: TestLoader, cameras: Sequence[int], cfg: Con
 
 
 def embedded_batches(
-    model: nn.Module, images: TestLoader, cameras: Sequence[int], cfg: Config, ranks: Ranks
+    model: nn.Module,
+    images: TestLoader,
+    cameras: Sequence[int],
+    cfg: Config,
+    ranks: Ranks,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:
     """Yield the test vectors (b, D) of one batch of this rank's images after the other, fp32 on the device.
 
@@ -75,6 +88,7 @@ def embedded_batches(
     batches = iter(images)
     batch, size = next(batches, None), 0
     while batch is not None:
+        before_batch()
         count = len(batch.images)
         size = size or count
         seen = F.pad(known_only(batch.cameras, known), (0, size - count), value=-1)

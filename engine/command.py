@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from fusionreid.engine.config import Config, load_config
+from fusionreid.engine.distributed import peers
 from fusionreid.engine.monitoring import memory
 from fusionreid.errors import ReIDError
 
@@ -139,6 +140,7 @@ def run(
         _leave_word(output_dir, 128 + number, REASONS[128 + number], work)
         os._exit(128 + number)
 
+    peers.tell_losses(lambda reason: _leave_word(output_dir, peers.PeerError.exit_code, reason, work))
     previous = {number: signal.signal(number, end_at_once) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with redirect_stdout(output), redirect_stderr(errors):
@@ -163,6 +165,7 @@ def run(
     finally:
         for signal_number, handler in previous.items():
             signal.signal(signal_number, handler)
+        peers.stop()
         _flush()
     _leave_word(output_dir, code, reason, work)
     return code
@@ -196,6 +199,8 @@ def _explain(error: BaseException, cfg: Config | None) -> tuple[int, str]:
         return 130, REASONS[130]
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code, REASONS.get(error.code, f"exit code {error.code}")
+    if lost := peers.explain(error):
+        return peers.PeerError.exit_code, lost
     if memory.ran_out(error):
         return 6, memory.advice(error, cfg)
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:

@@ -26,14 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     def embed(cfg: Config) -> None:
         from fusionreid.engine.distributed import parallel
         from fusionreid.engine.evaluation import embeddings
-        from fusionreid.engine.evaluation.extract import embed_images
+        from fusionreid.engine.evaluation.extract import embed_to_folder
 
         output = options.output.resolve()
         embeddings.check_place(output)
-        found = embed_images(cfg, options.images, output)
-        if found is not None:
-            embeddings.finish(output, found.features, found.records, 0, found.source)
-            print(f"{len(found.records)} images: {options.output}")
+        count = embed_to_folder(cfg, options.images, output)
+        if command.RANK == 0:
+            print(f"{count} images: {options.output}")
         parallel.finish()
 
     return command.run(embed, rest)

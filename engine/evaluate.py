@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(cfg: Config, *, baselines: bool = False) -> None:
     with command.lock(Path(cfg.OUTPUT_DIR)) if command.RANK == 0 else nullcontext():
-        from fusionreid.engine.evaluation.evaluator import evaluate_checkpoint, evaluate_stored
+        from fusionreid.engine.reporting.evaluate_run import evaluate_checkpoint, evaluate_stored
 
         if cfg.TEST.EMBEDDINGS:
             evaluate_stored(cfg)

@@ -19,7 +19,7 @@ from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.checkpoints.load_model import build, config_of
 from fusionreid.engine.command import Stop, lock
 from fusionreid.engine.config import Config
-from fusionreid.engine.distributed import parallel
+from fusionreid.engine.distributed import parallel, peers
 from fusionreid.engine.distributed.global_batch import check_mining
 from fusionreid.engine.evaluation.evaluator import NonFiniteError, check_cameras, evaluate, split_ids
 from fusionreid.engine.evaluation.extract import images_of
@@ -132,6 +132,7 @@ class Trainer:
             checkpoint.compare("the configuration", what_decides(self.cfg), what_decides(config_of(state, path)))
             restore(parts, self.model, self.train_step)
             self.epoch, self.step_in_epoch, self.step = state["epoch"], state["step_in_epoch"], state["step"]
+            peers.goes_on_from(self.step)
             self._say(f"resumed from {path}: epoch {self.epoch}, step {self.step_in_epoch}")
         self.startup.lap("resuming")
 
@@ -309,6 +310,7 @@ class Trainer:
             path = checkpoint.save(folder, self.step, parts, state)
             checkpoint.purge(folder)
             self.failed_saves = 0
+            peers.goes_on_from(self.step)
             self.metrics.event(f"step {self.step}: saved {path}")
         except StorageError as error:
             self.failed_saves += 1

@@ -27,8 +27,7 @@ def test_features_of_two_models_are_not_compared_in_silence(tmp_path: Path, capl
     records = Record("a.jpg", -1, -1), Record("b.jpg", -1, -1)
     for name, source in {"one": {"checkpoint": "a", "TEST": {"FEAT": 0}},
                          "two": {"checkpoint": "a", "TEST": {"FEAT": 1}}}.items():  # fmt: skip
-        rows = embeddings.draft(tmp_path / name, 2, 3, create=True).copy_(torch.eye(2, 3))
-        embeddings.finish(tmp_path / name, rows, records, 0, source)
+        embeddings.save(tmp_path / name, torch.eye(2, 3), records, 0, source)
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     assert search(["--query", one, "--gallery", one]) == 0
     assert not caplog.records

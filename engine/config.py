@@ -23,6 +23,7 @@ from pydantic_core import PydanticCustomError
 from fusionreid.config import ModelConfig, Rate, Section, Switch, Text
 from fusionreid.dataloading.config import DataloaderConfig, DatasetsConfig, InputConfig
 from fusionreid.engine import config_yaml
+from fusionreid.engine.config_hints import keys_like
 from fusionreid.errors import ReIDError
 
 
@@ -205,9 +206,7 @@ def _build(text: str, name: str, overrides: Sequence[str], problems: list[str]) 
 def _unknown(key: str, value: Any) -> str:
     if key in SECTIONS:
         return f"is a section of keys, got {value!r}"
-    last = "." + key.upper().rpartition(".")[2]
-    meant = [known for known in KEYS if f".{known}".endswith(last)]
-    meant = meant or difflib.get_close_matches(key.upper(), [*KEYS, *SECTIONS], n=1)
+    meant = keys_like(key, KEYS) or difflib.get_close_matches(key.upper(), SECTIONS, n=1)
     return "unknown key" + (f", did you mean {' or '.join(meant)}?" if meant else "")
 
 

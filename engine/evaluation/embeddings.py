@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from fusionreid.dataloading.records import Record, shown
-from fusionreid.engine.command import OutputFolderError
-from fusionreid.engine.storage import StorageError
+from fusionreid.engine.storage import OutputFolderError, StorageError
 from fusionreid.errors import ReIDError
 from fusionreid.files import write_json
 

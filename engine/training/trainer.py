@@ -18,7 +18,6 @@ from fusionreid.dataloading.loader import TestLoader, TrainLoader
 from fusionreid.dataloading.records import check_batch, scarce_persons
 from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.checkpoints.load_model import build, config_of, load_model
-from fusionreid.engine.command import Stop, lock
 from fusionreid.engine.config import Config
 from fusionreid.engine.distributed import parallel
 from fusionreid.engine.evaluation.evaluator import Evaluation, NonFiniteError, check_cameras, evaluate, split_ids
@@ -30,7 +29,8 @@ from fusionreid.engine.monitoring.metrics import Metrics
 from fusionreid.engine.monitoring.mfu import images_per_s_at_peak
 from fusionreid.engine.monitoring.profiler import Trace
 from fusionreid.engine.monitoring.startup import Startup
-from fusionreid.engine.storage import StorageError
+from fusionreid.engine.signals import Stop
+from fusionreid.engine.storage import StorageError, lock
 from fusionreid.engine.training.optim import Optimizer
 from fusionreid.engine.training.train_step import TrainStep
 from fusionreid.files import write_json
@@ -84,7 +84,7 @@ class Run:
             rank=ranks.rank, world_size=ranks.world_size, device=ranks.device, bad_images=self.bad)  # fmt: skip
         self.say(self.loader.note)
         startup.lap("images")
-        self.stop = Stop()
+        self.stop = Stop().__enter__()
         total = self.loader.steps(1) * cfg.SOLVER.MAX_EPOCHS  # about: epochs differ by a few steps
         self.metrics = self.open_metrics(total, startup)
         self.trace = Trace(self.output, cfg.SOLVER.PROFILE, self.metrics)
@@ -106,7 +106,7 @@ class Run:
             self.trace.close(self.step)
             self.loader.close()
             self.metrics.close()
-            self.stop.close()
+            self.stop.__exit__()
             if self.lock:
                 self.lock.close()
 

@@ -4,7 +4,6 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -23,6 +22,7 @@ from pydantic_core import PydanticCustomError
 from fusionreid.config import ModelConfig, Rate, Section, Switch, Text
 from fusionreid.dataloading.config import DataloaderConfig, DatasetsConfig, InputConfig
 from fusionreid.engine import config_yaml
+from fusionreid.engine.config_files import NoSuchConfig, find_config
 from fusionreid.engine.config_hints import keys_like
 from fusionreid.errors import ReIDError
 
@@ -182,12 +182,18 @@ class Config(Section):
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """The YAML file under `overrides`, each `KEY=VALUE` or `KEY`, `VALUE`. ConfigError holds every mistake."""
+    """Read a YAML file, or the shipped one of this name, under overrides of the form `KEY=VALUE` or `KEY`, `VALUE`.
+
+    ConfigError holds every mistake.
+    """
     problems: list[str] = []
+    text = ""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        path = find_config(path)
+        text = path.read_text(encoding="utf-8-sig")
+    except NoSuchConfig as error:
+        problems.append(str(error))
     except (OSError, ValueError) as error:
-        text = ""
         problems.append(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}")
     return _build(text, str(path), overrides, problems)
 

@@ -1,6 +1,6 @@
 """From images to test vectors, in equal shares by all ranks, in memory or streamed to a file."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -46,6 +46,7 @@ def embed(
     cfg: Config,
     ranks: Ranks,
     folder: Path | None = None,
+    before_batch: Callable[[], None] | None = None,
 ) -> Tensor:
     """Test vectors (N, D) of all images of all ranks in order, float32 on the CPU of every rank.
 
@@ -60,6 +61,8 @@ def embed(
     batches = iter(images)
     batch = next(batches, None)
     while batch is not None:
+        if before_batch is not None:
+            before_batch()
         seen = known_only(batch.cameras, known)
         with parallel.autocast(cfg.SOLVER.PRECISION, ranks.device):
             feature = feature_vectors(model, batch.images, seen, test=cfg.TEST)

@@ -19,12 +19,13 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from fusionreid.config import ModelConfig, Rate, Section, Switch, Text
+from fusionreid.config import ModelConfig, Rate, Section, Switch
 from fusionreid.dataloading.config import DataloaderConfig, DatasetsConfig, InputConfig
 from fusionreid.engine import config_yaml
 from fusionreid.engine.config_files import NoSuchConfig, find_config
 from fusionreid.engine.config_hints import keys_like
 from fusionreid.errors import ReIDError
+from fusionreid.schema import FolderText, PathText
 
 
 class ConfigError(ReIDError, ValueError):
@@ -109,7 +110,7 @@ ReRanking = Annotated[Literal[False, True, "published"], BeforeValidator(_word)]
 class TestConfig(Section):
     """What is evaluated, and how."""
 
-    WEIGHT: str = ""  # checkpoint to evaluate; empty: the newest in OUTPUT_DIR; best: of the highest mAP
+    WEIGHT: PathText = ""  # checkpoint, or a run: its newest; empty: that of OUTPUT_DIR; best: that of the highest mAP
     IMS_PER_BATCH: PositiveInt = 256
     FEAT: Annotated[int, Field(ge=0, le=6)] = 0  # 0: all heads concatenated; 1..6: one of them
     NECK_FEAT: Literal["before", "after"] = "before"  # features before or after the batch norm neck
@@ -118,7 +119,7 @@ class TestConfig(Section):
     RE_RANKING: ReRanking = False  # no, yes or published
     QUERY_EXPANSION: NonNegativeInt = 0  # nearest gallery images averaged into a query for a row of its own; 0: none
     DETAILS: Switch = False  # also camera pairs, TPR at FPR, single gallery shot and multi-query in metrics.json
-    EMBEDDINGS: str = ""  # folder of an earlier evaluation to rank again, without a model; empty: embed
+    EMBEDDINGS: PathText = ""  # folder of an earlier evaluation to rank again, without a model; empty: embed
     SIE_UNKNOWN: Literal["error", "mean"] = "error"  # a camera that training never saw: stop, or the mean embedding
 
 
@@ -132,7 +133,7 @@ class Config(Section):
     SOLVER: SolverConfig = SolverConfig()
     TEST: TestConfig = TestConfig()
     PARALLEL: ParallelConfig = ParallelConfig()
-    OUTPUT_DIR: Text = "./log"  # logs, checkpoints, results
+    OUTPUT_DIR: FolderText = "./log"  # logs, checkpoints, results
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

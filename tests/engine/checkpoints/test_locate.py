@@ -43,10 +43,12 @@ def test_what_is_no_checkpoint_names_the_newest(run: Path, tmp_path: Path) -> No
     (tmp_path / "empty").mkdir()
     newest = run / "checkpoints/step-00000020"
     for weight, what in ((tmp_path / "empty", "holds no checkpoint"), (tmp_path / "typo", "is not there")):
-        with pytest.raises(NoCheckpointError, match=f"TEST.WEIGHT {weight} {what}: .* OUTPUT_DIR is {newest}") as caught:
+        with pytest.raises(
+            NoCheckpointError, match=rf"TEST\.WEIGHT {weight} {what}: .* OUTPUT_DIR is {newest}"
+        ) as caught:
             found(weight, run)
         assert caught.value.exit_code == 2
-        with pytest.raises(NoCheckpointError, match="no checkpoint in OUTPUT_DIR .*empty either"):
+        with pytest.raises(NoCheckpointError, match=r"no checkpoint in OUTPUT_DIR .*empty either"):
             found(weight, tmp_path / "empty")
 
 
@@ -55,7 +57,7 @@ def test_home_is_written_as_in_a_shell(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "a.yml").write_text("OUTPUT_DIR: ~/log\nDATASETS:\n  ROOT_DIR: '~/data'\n")
     keys = ["MODEL.PRETRAIN_PATH", "MODEL.PRETRAIN_PATH_R", "MODEL.PRETRAIN_PATH_T", "TEST.WEIGHT", "TEST.EMBEDDINGS"]
     cfg = load_config(tmp_path / "a.yml", [f"{key}=~/{key}" for key in keys])
-    assert (cfg.OUTPUT_DIR, cfg.DATASETS.ROOT_DIR) == (f"{tmp_path}/log", f"{tmp_path}/data")
+    assert (f"{tmp_path}/log", f"{tmp_path}/data") == (cfg.OUTPUT_DIR, cfg.DATASETS.ROOT_DIR)
     for key in keys:
         section, name = key.split(".")
         assert getattr(getattr(cfg, section), name) == f"{tmp_path}/{key}"

@@ -1,4 +1,4 @@
-"""SOLVER, TEST, PARALLEL and the whole: a YAML file and overrides become one `Config`, or one `ConfigError`."""
+"""The configuration: a YAML file and overrides become one `Config`, or one `ConfigError` with every mistake."""
 
 import difflib
 import os
@@ -33,7 +33,7 @@ class ConfigError(ReIDError, ValueError):
 
 
 def _words(value: Any) -> Any:
-    """One word is a list of one; `no` is an empty list."""
+    """Read one word as a list of one, and `no` as an empty list."""
     if isinstance(value, str):
         return tuple(word.strip() for word in value.strip("[]").split(",") if word.strip())
     return () if value is False else value
@@ -156,7 +156,7 @@ class Config(Section):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A line for every key that differs from its default and yet has no effect."""
+        """Lines about keys that differ from their default and yet have no effect."""
         idle = {key: text for key, field in KEYS.items() for text in field.metadata if isinstance(text, str)}
         if self.SOLVER.PRECISION == "fp16" or self.SOLVER.ACCUMULATE > 1 or self.PARALLEL.CHECKPOINT:
             idle["PARALLEL.GRAPH"] = "with fp16, ACCUMULATE or CHECKPOINT a step is not the same launches every time"
@@ -173,12 +173,12 @@ class Config(Section):
         return tuple(f"{key}: {values[key]!r} has no effect: {idle[key]}" for key in set_ones)
 
     def dump(self) -> str:
-        """Every key as YAML; `load_config` reads it back to an equal `Config`."""
+        """Write every key as YAML; `load_config` reads it back to an equal `Config`."""
         return config_yaml.dump(self.model_dump())
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
-        """The inverse of `model_dump`, also after a walk through JSON."""
+        """Build from the result of `model_dump`, also after a walk through JSON."""
         return _build(config_yaml.dump(values), "saved config", (), [])
 
 

@@ -1,4 +1,4 @@
-"""What a training needs, looked at piece by piece: each is a row of a table, and what is wrong ends in an exit code."""
+"""The checks of `doctor`: a table with a row for everything that a training needs, and an exit code."""
 
 import os
 import platform
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 class Unfit(ReIDError, RuntimeError):
-    """Something that would stop a training; the code is that of the first such thing."""
+    """Something would stop a training; the exit code is that of the first such thing."""
 
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(message)
@@ -45,13 +45,13 @@ class Unfit(ReIDError, RuntimeError):
 
 
 class Table:
-    """Prints a row as soon as it is known."""
+    """A table that prints each row as soon as it is known."""
 
     def __init__(self) -> None:
         self.wrong: dict[str, int] = {}  # name of a row -> exit code
 
     def row(self, name: str, work: Callable[[], tuple[str, T]]) -> T | None:
-        """Text and finding of a piece of work; None where it met what would stop a training."""
+        """Print the row of a check; its finding, or None where it met what would stop a training."""
         try:
             text, found = work()
             self._print(name, "ok", text)

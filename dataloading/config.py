@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from fusionreid.schema import Probability, Section, Text
+from fusionreid.schema import FolderText, Probability, Section, Text
 
 Pixels = Annotated[int, Field(ge=16, le=4096)]
 Size = tuple[Pixels, Pixels]  # height, width
@@ -37,7 +37,7 @@ class DatasetsConfig(Section):
     """Which data set, and where it lies."""
 
     NAMES: Text = "msmt17"  # market1501, dukemtmc, msmt17; own data: folder, market, csv; or synthetic
-    ROOT_DIR: Text = "./data"  # folder that holds the data set
+    ROOT_DIR: FolderText = "./data"  # folder that holds the data set
     ON_BAD: Literal["error", "skip"] = "error"  # an image file that cannot be used; skip: up to one in a thousand
     SYNTHETIC: SyntheticConfig = SyntheticConfig()
 

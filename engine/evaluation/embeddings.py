@@ -25,8 +25,7 @@ from pydantic_core import from_json
 from torch import Tensor
 
 from fusionreid.dataloading.records import Record, open_file, printable, read_file
-from fusionreid.engine.command import OutputFolderError
-from fusionreid.engine.storage import StorageError
+from fusionreid.engine.storage import OutputFolderError, StorageError
 from fusionreid.errors import ReIDError
 from fusionreid.files import atomic_write
 

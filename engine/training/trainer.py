@@ -17,7 +17,6 @@ from fusionreid.dataloading.loader import TestLoader, TrainLoader
 from fusionreid.dataloading.records import check_batch, scarce_persons
 from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.checkpoints.load_model import build, config_of
-from fusionreid.engine.command import Stop, lock
 from fusionreid.engine.config import Config
 from fusionreid.engine.distributed import parallel, peers
 from fusionreid.engine.distributed.global_batch import check_mining
@@ -30,7 +29,8 @@ from fusionreid.engine.monitoring.metrics import Metrics
 from fusionreid.engine.monitoring.mfu import images_per_s_at_peak
 from fusionreid.engine.monitoring.profiler import Profiler
 from fusionreid.engine.monitoring.startup import Startup
-from fusionreid.engine.storage import StorageError
+from fusionreid.engine.signals import Stop
+from fusionreid.engine.storage import StorageError, lock
 from fusionreid.engine.training.optim import Optimizer
 from fusionreid.engine.training.state import Parts, capture, restore
 from fusionreid.engine.training.train_step import StepReport, TrainStep

@@ -12,12 +12,12 @@ from PIL import Image
 from fusionreid.dataloading import read_split
 from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.checkpoints.load_model import build
-from fusionreid.engine.command import lock
 from fusionreid.engine.config import load_config
 from fusionreid.engine.embed import main as embed
 from fusionreid.engine.evaluate import main as evaluate
 from fusionreid.engine.evaluation import embeddings
 from fusionreid.engine.search import main as search
+from fusionreid.engine.storage import lock
 from tests.runs import arguments, command, finish
 
 ASKED = {"TEST__RE_RANKING": "yes", "TEST__QUERY_EXPANSION": 3, "TEST__DETAILS": "yes"}

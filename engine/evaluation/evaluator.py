@@ -144,7 +144,7 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
     rankings = rank_all("FusionReID", features, len(split.query), ids, cfg, ranks)
     if baselines:
         torch.manual_seed(cfg.SOLVER.SEED)
-        untrained = build(cfg, split.num_persons, max(trained.cameras) + 1).to(ranks.device)
+        untrained = build(cfg, max(split.num_persons, 1), max(trained.cameras) + 1).to(ranks.device)
         vectors = embed(parallel.shard(untrained, ranks), images, cameras, cfg, ranks)
         rankings["untrained"] = rank_features(vectors[: len(split.query)], vectors[len(split.query) :], ids, ranks)
         query, gallery = (torch.from_numpy(colour_histogram(part)) for part in (split.query, split.gallery))

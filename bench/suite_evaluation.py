@@ -28,16 +28,17 @@ from bench.evaluators import (
 from bench.timing import Case, Settings, Work
 from fusionreid.engine.evaluation.rerank import k_reciprocal, rerank_blocks
 from fusionreid.engine.evaluation.retrieval import rank
-from fusionreid.kernels import _distances, _rows, nearest_neighbours, neighbour_tiles, ranking_tiles
+from fusionreid.kernels import _exact_distances as exact
+from fusionreid.kernels import _int8_products as int8
+from fusionreid.kernels import nearest_neighbours, neighbours, ranking
 
 SOURCES = (
     "engine/evaluation/retrieval.py",
     "engine/evaluation/rerank.py",
-    "kernels/ranking*.py",
-    "kernels/neighbour*.py",
-    "kernels/_counting.py",
-    "kernels/_distances.py",
-    "kernels/_rows.py",
+    "kernels/ranking.py",
+    "kernels/neighbours.py",
+    "kernels/_exact_distances.py",
+    "kernels/_int8_products.py",
     "bench/evaluators.py",
 )
 NEAREST = 10
@@ -60,7 +61,7 @@ def cases(settings: Settings) -> list[Case]:
         shape = "Q {}, G {}, D {}, float32".format(*sizes)
         found.append(Case("mAP, mINP and CMC", shape, partial(evaluation, settings, *sizes)))
         found.append(Case("ranks beside the product alone", shape, partial(beside_product, settings, *sizes)))
-        found.append(Case(f"{NEAREST} nearest", shape, partial(neighbours, settings, *sizes)))
+        found.append(Case(f"{NEAREST} nearest", shape, partial(nearest, settings, *sizes)))
     if find_spec("torchmetrics"):
         sizes = SIZES["quick" if settings.size == "quick" else "default"][0]
         shape = "Q {}, G {}, D {}, float32".format(*sizes)
@@ -78,31 +79,31 @@ def cases(settings: Settings) -> list[Case]:
 def launches() -> Iterator[Launch]:
     """The kernels of exact ranks at the size of MSMT17, the gallery a span at a time."""
     queries, gallery, width, *_ = SIZES["full"][-1]
-    images, span, tile = queries + gallery, ranking_tiles.SPAN, ranking_tiles.TILE
+    images, span, tile = queries + gallery, int8.SPAN, int8.TILE
     features = torch.zeros(tile, width)
-    rows, index = _rows.Rows("features", features, False), torch.zeros(tile, dtype=torch.int64)
-    split = ranking_tiles.Split(torch.zeros(tile, 3 * width, dtype=torch.int8), features[:, 0], torch.zeros(3, tile))
+    rows, index = exact.Rows("features", features, False), torch.zeros(tile, dtype=torch.int64)
+    split = int8.Split(torch.zeros(tile, 3 * width, dtype=torch.int8), features[:, 0], torch.zeros(3, tile))
     ids, edge = index.int(), torch.zeros(2, 11)  # matches, queries
 
     def count() -> None:
         persons = ids[:11], ids
-        ranking_tiles.count_span(
+        ranking.count_span(
             split, split, persons, features[:, 0], (edge, edge), edge.int(), index[:1], ids.expand(2, -1)
         )
 
-    found = neighbour_tiles.Found.nothing(11, NEAREST, features.device)
+    found = neighbours.Found.nothing(11, NEAREST, features.device)
     piece = slice(0, tile)
 
     def append() -> None:
-        neighbour_tiles.append_piece(split, split, features[:, 0], piece, 0, found, NEAREST)
+        neighbours.append_piece(split, split, features[:, 0], piece, 0, found, NEAREST)
 
-    yield Launch("lengths", lambda: _rows.lengths(features, 1), 4 * images * width, 2 * images * width)
-    yield Launch("integers", lambda: ranking_tiles.split_rows(rows, index), 7 * images * width, 12 * images * width)
+    yield Launch("lengths", lambda: exact.lengths(features, 1), 4 * images * width, 2 * images * width)
+    yield Launch("integers", lambda: int8.split_rows(rows, index), 7 * images * width, 12 * images * width)
     yield Launch("counts of one span", count, 3 * (queries + span) * width, 12 * queries * span * width)
-    queries = neighbour_tiles.QUERIES
+    queries = neighbours.QUERIES
     yield Launch("nearest of one span", append, 3 * (queries + span) * width, 12 * queries * span * width)
     yield Launch(
-        "fp64 distance of a pair", lambda: _distances.exact_distances(rows, rows, index, index), 8 * width, 5 * width
+        "fp64 distance of a pair", lambda: exact.exact_distances(rows, rows, index, index), 8 * width, 5 * width
     )
 
 
@@ -181,7 +182,7 @@ def mean_precision(settings: Settings, *sizes: int) -> Iterator[Work]:
 
 
 @contextmanager
-def neighbours(settings: Settings, *sizes: int) -> Iterator[Work]:
+def nearest(settings: Settings, *sizes: int) -> Iterator[Work]:
     (query, gallery), _ = made_up(settings, *sizes)
 
     def topk() -> Tensor:

@@ -2,16 +2,12 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from fusionreid.schema import Probability, Section, Text
 
 Pixels = Annotated[int, Field(ge=16, le=4096)]
 Size = tuple[Pixels, Pixels]  # height, width
-Probability = Annotated[float, Field(ge=0, le=1)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel, strict=True, frozen=True, extra="forbid", allow_inf_nan=False):
-    """A part of the configuration. A text in a key's annotation says why that published key has no effect."""
 
 
 class InputConfig(Section):

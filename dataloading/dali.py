@@ -1,7 +1,7 @@
 """Files decoded and resized by DALI: JPEGs on the GPU, or by the same graph on a CPU.
 
-The graph has neither state nor chance: names of files go in, resized pixels come out. What varies from epoch to epoch
-is done to the pixels of every backend by `fusionreid.kernels.augment` in one launch, so all train on the same samples.
+The graph is deterministic: file names go in, resized pixels come out. `fusionreid.kernels.augment` does what varies
+from epoch to epoch, for every backend alike, so that all train on the same samples.
 """
 
 import os
@@ -16,16 +16,15 @@ import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from torch import Tensor
 
-from fusionreid.dataloading.decode import Filter
+from fusionreid.dataloading.decode import BATCHES_AHEAD, Filter
 
-BATCHES_AHEAD = 2
 FILTERS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 SIGNATURE = np.frombuffer(b"\xff\xd8\xff", np.uint8)  # of a JPEG; its fourth byte names the first segment,
 ADOBE = 0xEE  # which in CMYK is this one
 
 
-class DaliPixels:
-    """Batches of files, in order. Whatever is no JPEG, or CMYK, and all that DALI refuses, `decode` reads instead.
+class DaliDecoder:
+    """Image source by DALI. `fallback` decodes files that are no JPEG, CMYK ones, and batches that DALI refuses.
 
     Memory: the pixels of BATCHES_AHEAD + 1 batches, 12.6 MB per batch of 128 at 256 x 128, and as many images in the
     files' own size; on the GPU what nvJPEG needs for the largest besides. No processes, `num_threads` threads.
@@ -40,10 +39,9 @@ class DaliPixels:
         batch_size: int,
         num_threads: int,
         device: torch.device,
-        otherwise: Callable[[Sequence[int]], Tensor],
+        fallback: Callable[[Sequence[int]], Tensor],
     ) -> None:
-        """`otherwise` decodes what DALI does not."""
-        self._device, self._decode = device, otherwise
+        self._device, self._fallback = device, fallback
         self._waiting: deque[np.ndarray] = deque()  # batches that DALI has not taken yet
         self._pipeline: Pipeline | None = _graph(
             _source(paths, self._waiting),
@@ -58,7 +56,7 @@ class DaliPixels:
         self._pipeline.build()
 
     def __call__(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, None]]:
-        """(B, H, W, 3) uint8 on the device for each batch of positions in `paths`; the next call ends this one."""
+        """Yield (B, H, W, 3) uint8 on the device per batch of positions in `paths`; the next call ends this one."""
         if self._pipeline is None:
             raise RuntimeError("the loader is closed")
         self._waiting.clear()
@@ -71,29 +69,30 @@ class DaliPixels:
             yield self._decoded(batch), None
 
     def _decoded(self, batch: np.ndarray) -> Tensor:
-        """The next batch of the pipeline; on a GPU its memory belongs to the current stream, as must its use."""
+        """Take the next batch from the pipeline; on a GPU its memory belongs to the current stream, as must its use."""
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         assert self._pipeline is not None
         try:
             images, starts = self._pipeline.run(stream)
         except RuntimeError:  # without a name; the other decoder reads the file, or names it
-            return self._otherwise(batch)
+            return self._by_fallback(batch)
         pixels: Tensor = torch.from_dlpack(images.as_tensor())
         start = np.asarray(starts.as_tensor())
         odd = (start[:, :3] != SIGNATURE).any(1) | (start[:, 3] == ADOBE)
         if odd.any():
-            pixels[torch.from_numpy(odd).to(self._device)] = self._otherwise(batch[odd])
+            pixels[torch.from_numpy(odd).to(self._device)] = self._by_fallback(batch[odd])
         return pixels
 
-    def _otherwise(self, batch: np.ndarray) -> Tensor:
-        return self._decode(batch.tolist()).to(self._device)
+    def _by_fallback(self, batch: np.ndarray) -> Tensor:
+        return self._fallback(batch.tolist()).to(self._device)
 
     def close(self) -> None:
+        """Free the pipeline; a later call raises RuntimeError."""
         self._pipeline = None
 
 
 def _source(paths: Sequence[str], waiting: deque[np.ndarray]) -> Callable[[], np.ndarray]:
-    """Gives DALI the names of a batch: rows of one length, zeros at the end; one gather from a table of them all."""
+    """Return the callback that gives DALI a batch of file names: rows of one length, filled up with zeros."""
     names = [os.fsencode(path) for path in paths]
     length = max(map(len, names), default=0) + 1
     table = np.frombuffer(b"".join(name.ljust(length, b"\0") for name in names), np.uint8).reshape(-1, length)
@@ -108,7 +107,7 @@ def _source(paths: Sequence[str], waiting: deque[np.ndarray]) -> Callable[[], np
 
 @pipeline_def
 def _graph(source: Callable[[], np.ndarray], decoder: str, size: tuple[int, int], interpolation: int) -> Any:
-    """Resized pixels, and the first four bytes of each file. Never turned by EXIF.
+    """Compute resized pixels, never turned by EXIF, and the first four bytes of each file.
 
     One axis after the other, as Pillow does it: what overshoots an edge is cut to 0..255 in between. Both at once
     differ from it by up to 10 grey levels, these by 2 (mean 0.2 and 0.02; bicubic, 128 x 64 to 256 x 128).

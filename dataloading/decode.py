@@ -1,4 +1,4 @@
-"""An image file to RGB pixels of the wanted size: torchvision for the JPEGs it reads as Pillow does, else Pillow."""
+"""Image file to RGB pixels of the wanted size: torchvision for the JPEGs that it reads as Pillow does, else Pillow."""
 
 from collections.abc import Sequence
 from itertools import groupby, islice
@@ -10,16 +10,17 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from fusionreid.dataloading.records import DataError, open_image, read_file, shown
+from fusionreid.dataloading.records import DataError, open_image, printable, read_file
 
 Filter = Literal["bicubic", "bilinear"]
 BICUBIC: Filter = "bicubic"  # training
 BILINEAR: Filter = "bilinear"  # test
+BATCHES_AHEAD = 2  # decoded in advance: by each worker process, or by DALI
 RUN_BYTES = 1 << 18  # of pixels resized together: one by one takes a sixth longer (one core, 128 x 64 to 256 x 128)
 
 
 def decode(path: str, size: tuple[int, int], resize: Filter) -> Tensor:
-    """(H, W, 3) uint8; size is (H, W) in pixels. The first frame; never turned by EXIF; alpha is dropped."""
+    """Decode to (H, W, 3) uint8, size (H, W) in pixels: the first frame, never turned by EXIF, without alpha."""
     return _resize(_read(path)[None], size, resize)[0]
 
 
@@ -27,7 +28,7 @@ def _read(path: str) -> Tensor:
     try:
         return _decode(read_file(path))
     except Exception as error:  # decoders raise whatever a broken file leads them to
-        raise DataError(f"cannot read the image {shown(path)}: {error}") from error
+        raise DataError(f"cannot read the image {printable(path)}: {error}") from error
 
 
 def _resize(images: Tensor, size: tuple[int, int], resize: Filter) -> Tensor:
@@ -36,7 +37,7 @@ def _resize(images: Tensor, size: tuple[int, int], resize: Filter) -> Tensor:
 
 
 def _decode(data: bytes) -> Tensor:
-    """(H, W, 3) uint8, in the file's own size."""
+    """Decode to (H, W, 3) uint8 in the file's own size."""
     image = open_image(data)
     if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
         return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB).permute(1, 2, 0)
@@ -44,7 +45,7 @@ def _decode(data: bytes) -> Tensor:
 
 
 def decode_batch(paths: Sequence[str], size: tuple[int, int], resize: Filter) -> Tensor:
-    """(B, H, W, 3) uint8. Neighbours of one size are resized together."""
+    """Decode to (B, H, W, 3) uint8. Neighbours of one size are resized together."""
     batch, start = torch.empty((len(paths), *size, 3), dtype=torch.uint8), 0
     for shape, same in groupby(map(_read, paths), lambda pixels: pixels.shape):
         while run := list(islice(same, max(1, RUN_BYTES // shape.numel()))):

@@ -1,4 +1,4 @@
-"""Decoding workers: forked from a server that has loaded torch and torchvision once, for all of them.
+"""Decode workers: forked from a server that has loaded torch and torchvision once, for all of them.
 
 Ctrl-C and a scheduler's stop reach the whole process group. The server and its workers are deaf to both, so that the
 main process can finish its step; it ends them, or they end when it dies.
@@ -21,14 +21,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_convert
 
-from fusionreid.dataloading.decode import Filter, decode_batch  # takes seconds to import, once
+from fusionreid.dataloading.decode import BATCHES_AHEAD, Filter, decode_batch  # takes seconds to import, once
 from fusionreid.dataloading.records import DataError
-
-BATCHES_AHEAD = 2  # per worker
 
 
 class _Files(Dataset[Tensor]):
-    """What a worker needs to know. A bad file comes back as a value: raised there, it would arrive with a traceback."""
+    """Files as a worker sees them. A bad file comes back as a value: raised there, it would arrive with a traceback."""
 
     def __init__(self, paths: Sequence[str], size: tuple[int, int], resize: Filter) -> None:
         self.paths, self.size, self.resize = paths, size, resize
@@ -40,8 +38,8 @@ class _Files(Dataset[Tensor]):
             return error
 
 
-class FilePixels:
-    """Batches of files decoded by worker processes, in order; the same workers serve every call until `close`.
+class DecodeWorkers:
+    """Image source whose worker processes decode the files; the same workers serve every call until `close`.
 
     Shared memory in use: at most BATCHES_AHEAD batches per worker, 12.6 MB per batch of 128 at 256 x 128.
     """
@@ -53,11 +51,11 @@ class FilePixels:
         resize: Filter,
         num_workers: int,
         *,
-        otherwise: Callable[[Sequence[int]], Tensor],
+        fallback: Callable[[Sequence[int]], Tensor],
         pin: bool = False,
     ) -> None:
-        """`otherwise` decodes, in the main process, a batch with a file that cannot be read."""
-        self._otherwise = otherwise
+        """Start no process yet; `fallback` decodes, in the main process, a batch with a file that cannot be read."""
+        self._fallback = fallback
         self._batches: list[np.ndarray] = []  # read by the DataLoader whenever it is iterated anew
         self._loader = DataLoader(
             _Files(paths, size, resize),
@@ -75,7 +73,7 @@ class FilePixels:
         self._closed = False
 
     def __call__(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, None]]:
-        """(B, H, W, 3) uint8 for each batch of positions in `paths`; the next call ends this one."""
+        """Yield (B, H, W, 3) uint8 per batch of positions in `paths`; the next call ends this one."""
         if self._closed:
             raise RuntimeError("the loader is closed")
         self._batches[:] = batches
@@ -88,9 +86,10 @@ class FilePixels:
         for batch in batches:
             with _pipes():
                 decoded = next(pixels)
-            yield self._otherwise(batch.tolist()) if isinstance(decoded, DataError) else decoded, None
+            yield self._fallback(batch.tolist()) if isinstance(decoded, DataError) else decoded, None
 
     def close(self) -> None:
+        """End the workers; a later call raises RuntimeError."""
         self._closed = True
         if self._end is not None:
             self._end()
@@ -98,15 +97,18 @@ class FilePixels:
 
 @contextmanager
 def _pipes() -> Iterator[None]:
-    """A worker's that breaks means that it has ended."""
+    """Turn a broken worker pipe into a RuntimeError."""
     try:
         yield
     except (OSError, EOFError) as error:
-        raise RuntimeError("a decoding worker has ended; was it killed, or is memory short?") from error
+        raise RuntimeError("a decode worker has ended: it was killed, or memory ran out") from error
 
 
 def fork_server() -> BaseContext:
-    """Not a fork of the main process, half-alive with its CUDA and threads; nor 5 s of imports for each worker."""
+    """Start the server that forks workers: a fork of the main process would inherit half-alive CUDA and threads.
+
+    It imports torch and torchvision once, 5 s that each worker would spend again.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fusionreid.dataloading.decode_workers"])
     resource_tracker.ensure_running()  # first: starting it lifts the block
@@ -123,7 +125,7 @@ def _initialize(_worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """The parent is the main process, not the server; torch watches the server, which in turn outlives us."""
+    """End this worker when the main process ends; torch only watches the server, which may outlive it."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

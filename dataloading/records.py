@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the project, `Split` of `Record`s, and the checks made before the first step."""
+"""Data sets as the rest of the project sees them, `Split` of `Record`s, and the checks made before the first step."""
 
 import io
 import os
@@ -14,6 +14,8 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
+from fusionreid.errors import ReIDError
+
 PARTS = ("train", "query", "gallery")
 MAX_PIXELS = 25_000_000  # a larger header is a mistake or a decompression bomb
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # no format that starts another program
@@ -21,14 +23,14 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is the stricter rule
 
 
-class DataError(ValueError):
+class DataError(ReIDError, ValueError):
     """Something about the data that its owner can put right."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
+    """One image file with its person and camera."""
+
     path: str  # absolute
     person: int  # as the data set numbers it; 0: distractor
     camera: int  # from 0
@@ -36,6 +38,8 @@ class Record:
 
 @dataclass(frozen=True)
 class Split:
+    """A data set in its three parts."""
+
     name: str
     root: str
     train: tuple[Record, ...]
@@ -46,33 +50,39 @@ class Split:
     def __post_init__(self) -> None:
         for part in PARTS:
             if not getattr(self, part):
-                raise DataError(f"{self.name}: no images for {part} in {shown(self.root)}; all three parts are needed")
+                raise DataError(
+                    f"{self.name}: no images for {part} in {printable(self.root)}; all three parts are needed"
+                )
 
     @cached_property
     def persons(self) -> tuple[int, ...]:
-        """Sorted; the label of a person is its position."""
+        """Persons to train on, sorted; the label of a person is its position."""
         return tuple(sorted({record.person for record in self.train}))
 
     @cached_property
     def labels(self) -> list[int]:
+        """Label of the person of every training image."""
         label = {person: position for position, person in enumerate(self.persons)}
         return [label[record.person] for record in self.train]
 
     @cached_property
     def cameras(self) -> tuple[int, ...]:
-        """Those seen in training, sorted."""
+        """Cameras seen in training, sorted."""
         return tuple(sorted({record.camera for record in self.train}))
 
     @property
     def num_persons(self) -> int:
+        """Number of persons to train on."""
         return len(self.persons)
 
     @property
     def num_cameras(self) -> int:
+        """Rows that an embedding of the training cameras needs."""
         return self.cameras[-1] + 1
 
     def describe(self) -> str:
-        lines = [f"{self.name} in {shown(self.root)}", f"{'part':8}{'images':>10}{'persons':>10}{'cameras':>10}"]
+        """Table of images, persons and cameras per part."""
+        lines = [f"{self.name} in {printable(self.root)}", f"{'part':8}{'images':>10}{'persons':>10}{'cameras':>10}"]
         for part in PARTS:
             records = getattr(self, part)
             persons, cameras = {r.person for r in records}, {r.camera for r in records}
@@ -80,13 +90,13 @@ class Split:
         return "\n".join([*lines, *([self.note] if self.note else [])])
 
 
-def shown(path: str | os.PathLike[str]) -> str:
-    """A path as text that every terminal and log can take, whatever bytes its name has."""
+def printable(path: str | os.PathLike[str]) -> str:
+    """Text of a path that every terminal and log can take, whatever bytes its name has."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def list_images(folder: str | Path) -> tuple[list[str], int]:
-    """The image files directly in a folder, sorted, and how many entries with an image's name were no regular file.
+    """Return the image files directly in a folder, sorted, and the count of irregular entries with an image's name.
 
     Links to files count as files; `._*` (macOS) and other files are passed over. Opens nothing, so nothing can hang.
     """
@@ -103,13 +113,13 @@ def list_images(folder: str | Path) -> tuple[list[str], int]:
 
 
 def find_images(path: Path) -> tuple[Record, ...]:
-    """One image, or all in a folder and the folders inside it, sorted; person and camera are not known."""
+    """Return one image, or all in a folder and the folders inside it, sorted; person and camera are unknown."""
     if path.is_file():
         paths = [str(path.absolute())]
     else:
         paths = [image for folder, _, _ in os.walk(path.absolute()) for image in list_images(folder)[0]]
     if not paths:
-        raise DataError(f"{shown(path)} holds no images; name an image, or a folder with some in it or below it")
+        raise DataError(f"{printable(path)} holds no images; name an image, or a folder with some in it or below it")
     return tuple(Record(image, -1, -1) for image in sorted(paths))
 
 
@@ -122,7 +132,7 @@ def _is_regular(entry: os.DirEntry[str]) -> bool:
 
 @contextmanager
 def open_file(path: str) -> Iterator[BinaryIO]:
-    """A regular file for reading; a FIFO or a device raises instead of blocking."""
+    """Open a regular file for reading; a FIFO or a device raises instead of blocking."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -131,13 +141,13 @@ def open_file(path: str) -> Iterator[BinaryIO]:
 
 
 def read_file(path: str) -> bytes:
-    """The bytes of a regular file."""
+    """Read a regular file whole."""
     with open_file(path) as file:
         return file.read()
 
 
 def open_image(source: bytes | BinaryIO) -> Image.Image:
-    """The header only. ValueError or OSError when it is no image or too large a one."""
+    """Read the header only. ValueError or OSError: it is no image, or one too large."""
     if not source:
         raise ValueError("empty file")
     try:
@@ -153,7 +163,7 @@ def open_image(source: bytes | BinaryIO) -> Image.Image:
 
 
 def check_batch(split: Split, batch_size: int, instances: int, world_size: int = 1) -> None:
-    """A batch is P persons x K instances, and each rank takes whole persons."""
+    """Raise DataError unless a batch is P persons x K instances and each rank can take whole persons."""
     persons, rest = divmod(batch_size, instances)
     if rest or not persons:
         raise DataError(
@@ -174,5 +184,5 @@ def check_batch(split: Split, batch_size: int, instances: int, world_size: int =
 
 
 def scarce_persons(split: Split, instances: int) -> int:
-    """How many persons have fewer training images than a batch takes of them, so that images repeat."""
+    """Count the persons that have fewer training images than a batch takes, so that images repeat."""
     return sum(count < instances for count in Counter(record.person for record in split.train).values())

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 from fusionreid.engine.config import Config, load_config
 from fusionreid.engine.monitoring import memory
+from fusionreid.errors import ReIDError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 REASONS = {0: "done", 130: "stopped by SIGINT", 143: "stopped by SIGTERM"}
@@ -30,10 +31,8 @@ log = logging.getLogger(__name__)
 REPEAT_S = 1.0  # a launcher passes on the terminal's signal: within this time it is one and the same
 
 
-class OutputFolderError(RuntimeError):
+class OutputFolderError(ReIDError, RuntimeError):
     """The output folder cannot be used: another run has it, or it cannot be written."""
-
-    exit_code = 2
 
 
 class Stop:

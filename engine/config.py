@@ -23,12 +23,11 @@ from fusionreid.config import ModelConfig, Rate, Section, Switch, Text
 from fusionreid.dataloading.config import DataloaderConfig, DatasetsConfig, InputConfig
 from fusionreid.engine import config_yaml
 from fusionreid.engine.config_files import NoSuchConfig, find_config
+from fusionreid.errors import ReIDError
 
 
-class ConfigError(ValueError):
+class ConfigError(ReIDError, ValueError):
     """Every mistake of a configuration, one per line."""
-
-    exit_code = 2
 
 
 def _words(value: Any) -> Any:

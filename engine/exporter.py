@@ -23,7 +23,8 @@ from fusionreid import FusionReID
 from fusionreid.engine.checkpoints.load_model import find_checkpoint, restore
 from fusionreid.engine.config import Config
 from fusionreid.engine.evaluation.extract import feature_vectors
-from fusionreid.engine.storage import write_json
+from fusionreid.errors import ReIDError
+from fusionreid.files import write_json
 from fusionreid.kernels.augmentation import normalize
 
 Program = Callable[..., Tensor]
@@ -33,13 +34,11 @@ BATCHES = 1, 2, 5  # images of each check; what is traced has two
 ALLOWED = 1e-4  # error of a vector, relative to its length: a deep model in fp32 is off by some 1e-6
 
 
-class ExportError(ValueError):
+class ExportError(ReIDError, ValueError):
     """The file asked for cannot be written."""
 
-    exit_code = 2
 
-
-class DifferentError(ArithmeticError):
+class DifferentError(ReIDError, ArithmeticError):
     """The program does not compute what the model does; nothing was written."""
 
     exit_code = 1

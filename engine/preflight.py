@@ -15,14 +15,14 @@ from fusionreid import FusionReID
 from fusionreid.dataloading import Split, read_split
 from fusionreid.dataloading.bad_images import BadImages
 from fusionreid.dataloading.cache import free_host_memory
-from fusionreid.dataloading.decode import BICUBIC, decode
-from fusionreid.dataloading.decode_workers import BATCHES_AHEAD
-from fusionreid.dataloading.records import check_batch, scarce_persons, shown
+from fusionreid.dataloading.decode import BATCHES_AHEAD, BICUBIC, decode
+from fusionreid.dataloading.records import check_batch, printable, scarce_persons
 from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.checkpoints.load_model import build, find_checkpoint
 from fusionreid.engine.config import Config
 from fusionreid.engine.evaluation.evaluator import check_cameras, split_ids
 from fusionreid.engine.evaluation.retrieval import check_matches
+from fusionreid.errors import ReIDError
 from fusionreid.weights import check_weights, load_pretrained
 from fusionreid.weights.formats import read_state
 
@@ -36,7 +36,7 @@ NAME, VERDICT = 15, 7  # columns of the table
 T = TypeVar("T")
 
 
-class Unfit(RuntimeError):
+class Unfit(ReIDError, RuntimeError):
     """Something that would stop a training; the code is that of the first such thing."""
 
     def __init__(self, message: str, exit_code: int = 2) -> None:
@@ -174,10 +174,10 @@ def _disk(cfg: Config, parameters: int) -> tuple[str, None]:
     output = Path(cfg.OUTPUT_DIR).absolute()
     there = next(folder for folder in (output, *output.parents) if folder.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise Unfit(f"OUTPUT_DIR {shown(output)} cannot be written; set another one")
+        raise Unfit(f"OUTPUT_DIR {printable(output)} cannot be written; set another one")
     free = shutil.disk_usage(there).free
     needed = CHECKPOINTS * 4 * parameters * (1 + STATES[cfg.SOLVER.OPTIMIZER_NAME])
-    text = f"{_gb(free)} free for {shown(output)}, {CHECKPOINTS} checkpoints need {_gb(needed)}"
+    text = f"{_gb(free)} free for {printable(output)}, {CHECKPOINTS} checkpoints need {_gb(needed)}"
     if free < needed:
         raise Unfit(f"{text}: make room or set another OUTPUT_DIR", 4)
     return text, None

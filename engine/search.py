@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rest = ["--config_file", os.devnull, *rest]  # embeddings alone need no model
 
     def search(cfg: Config) -> None:
-        from fusionreid.engine.storage import write_json
+        from fusionreid.files import write_json
 
         _check(options)
         query, gallery = (_load_or_embed(cfg, path) for path in (options.query, options.gallery))

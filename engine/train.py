@@ -8,7 +8,7 @@ if __name__ == "__main__":  # a script's own folder must not hide modules, and i
 
 from fusionreid.engine import command
 from fusionreid.engine.config import Config
-from fusionreid.engine.monitoring.loggers import check_boards
+from fusionreid.engine.monitoring.loggers import check_loggers
 from fusionreid.engine.monitoring.startup import Startup
 from fusionreid.weights import check_weights
 
@@ -18,16 +18,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(cfg: Config) -> None:
+    """Train to the last epoch, from the newest checkpoint in OUTPUT_DIR if there is one."""
     startup = Startup()
     check_weights(cfg.MODEL)
-    check_boards(cfg.SOLVER.LOGGERS)
-    from fusionreid.engine.distributed import (
-        parallel,  # torch loads only now: a mistake in the configuration has shown at once
-    )
-    from fusionreid.engine.training.trainer import Run
+    check_loggers(cfg.SOLVER.LOGGERS)
+    # torch loads only now: a mistake in the configuration has been reported at once.
+    from fusionreid.engine.distributed import parallel
+    from fusionreid.engine.training.trainer import Trainer
 
     startup.lap("imports")
-    Run(cfg, startup).train()
+    trainer = Trainer(cfg, startup)
+    with command.Stop() as stop:  # until here a signal ends the process at once: there is nothing to save
+        trainer.train(stop)
     parallel.finish()
 
 

@@ -2,17 +2,13 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
-
-class Section(BaseModel, strict=True, frozen=True, extra="forbid", allow_inf_nan=False):
-    """A part of the configuration. A text in a key's annotation says why that published key has no effect."""
-
+from fusionreid.schema import Section, Text
 
 Switch = Annotated[bool, Field(strict=False)]  # yes/no, on/off, true/false, 1/0
 Rate = Annotated[float, Field(ge=0, lt=1)]  # share that is dropped
-Text = Annotated[str, Field(min_length=1)]
 
 
 def _no(value: Any) -> Any:

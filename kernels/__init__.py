@@ -1,6 +1,6 @@
 """The public list of ops: each has its twin in plain torch, without tricks, in `fusionreid.kernels.reference`."""
 
-from fusionreid.kernels._distances import full_precision
+from fusionreid.kernels._exact_distances import full_precision
 from fusionreid.kernels.augmentation import augment
 from fusionreid.kernels.class_attention import ClassStream, dual_cross_attention
 from fusionreid.kernels.cross_entropy import smoothed_cross_entropy

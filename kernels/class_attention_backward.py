@@ -92,7 +92,7 @@ def backward(
         shrink = (tl.sum(d_scores.to(tl.float32) * scores, 1) * rstd / C).to(dtype)
         shift = mean * shrink.to(tl.float32)
         diagonal = tl.arange(0, TOKENS)[:, None] == tl.arange(0, TOKENS)[None, :]
-        diagonal = tl.where(diagonal, -shrink[:, None], 0.0).to(dtype)
+        diagonal = tl.where(diagonal, -shrink.to(tl.float32)[:, None], 0.0).to(dtype)
         diagonal = tl.broadcast_to(diagonal[None], [WARPS, TOKENS, TOKENS])
         share = tl.broadcast_to(share.to(dtype)[None], [WARPS, TOKENS, HEADS])
         by_head = tl.broadcast_to(tl.trans(d_scores)[None], [WARPS, HEADS, TOKENS])

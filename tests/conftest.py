@@ -1,9 +1,12 @@
 """What every test stands on: the interpreter without a GPU, seeds, determinism, the recorded numbers."""
 
+import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 HAS_GPU = torch.cuda.is_available()
@@ -13,8 +16,43 @@ else:
     os.environ["TRITON_INTERPRET"] = "1"  # read once, when a kernel is first imported
 
 import pytest  # noqa: E402
+import triton.language as tl  # noqa: E402
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def _is_bf16(operand: Any) -> bool:
+    return isinstance(operand, TensorHandle) and operand.dtype.scalar == tl.bfloat16
+
+
+def _widened(operand: TensorHandle) -> TensorHandle:
+    if not _is_bf16(operand):
+        return operand
+    return TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def _refuses_bf16(name: str) -> Callable[..., TensorHandle]:
+    method = getattr(InterpreterBuilder, name)
+
+    def checked(self: InterpreterBuilder, *operands: Any) -> TensorHandle:
+        if any(map(_is_bf16, operands)) and operands[-1] is not np.where:
+            raise TypeError("Triton's interpreter computes with the bits of bf16: convert to tl.float32 in the kernel")
+        return method(self, *operands)
+
+    return checked
+
+
+def _teach_the_interpreter_bf16() -> None:
+    """It keeps bf16 as uint16 and computes with these bits: products take float32 operands instead, the rest raises."""
+    dot = InterpreterBuilder.create_dot
+    InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, _widened(a), _widened(b), *rest)
+    for name in ("unary_op", "binary_op", "ternary_op", "create_fma", "create_fabs"):
+        setattr(InterpreterBuilder, name, _refuses_bf16(name))
+
+
+if not HAS_GPU:
+    _teach_the_interpreter_bf16()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,6 +73,16 @@ def _reproducible() -> None:
 def _two_threads() -> None:
     """Of all test processes together."""
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file can be synced any more."""
+
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
 
 
 @pytest.fixture

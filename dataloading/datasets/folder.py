@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fusionreid.dataloading.config import DatasetsConfig
 from fusionreid.dataloading.datasets.market1501 import layout_error
-from fusionreid.dataloading.records import PARTS, DataError, Record, Split, list_images, shown
+from fusionreid.dataloading.records import PARTS, DataError, Record, Split, list_images, printable
 
 COLUMNS = ("path", "person", "camera", "split")
 CAMERA = re.compile(r"(?:^|[^a-z0-9])c(?:am|amera)?(\d+)(?=s\d|[^a-z0-9]|$)", re.IGNORECASE)
@@ -31,19 +31,21 @@ def read(cfg: DatasetsConfig) -> Split:
     skipped = 0
     for part in PARTS:
         if not (root / part).is_dir():
-            raise layout_error(f"folder: no folder {part} in {shown(root)}", LAYOUT, root if root.is_dir() else None)
+            raise layout_error(
+                f"folder: no folder {part} in {printable(root)}", LAYOUT, root if root.is_dir() else None
+            )
         for person in _subfolders(root / part):
             for folder in (person, *_subfolders(person)):
                 images, not_files = list_images(folder)
                 skipped += not_files
                 rows += [(path, person.name, _camera(path, folder, person), part) for path in images]
         if not any(row[3] == part for row in rows):
-            raise layout_error(f"folder: no images in {shown(root / part)}", LAYOUT, root / part)
+            raise layout_error(f"folder: no images in {printable(root / part)}", LAYOUT, root / part)
     notes = [f"{skipped} entries left out, no regular files"] if skipped else []
     nameless = [path for path, _, camera, _ in rows if camera is None]
     if nameless and len(nameless) < len(rows):
         raise DataError(
-            f"folder: {len(nameless):,} of {len(rows):,} images name no camera, the first is {shown(nameless[0])}; "
+            f"folder: {len(nameless):,} of {len(rows):,} images name no camera, the first is {printable(nameless[0])}; "
             f"name it for all or for none\nexpected:\n{LAYOUT}"
         )
     if nameless:
@@ -70,13 +72,13 @@ def _camera(path: str, folder: Path, person: Path) -> str | None:
 def read_csv(cfg: DatasetsConfig) -> Split:
     file = Path(cfg.ROOT_DIR).expanduser().absolute()
     if not file.is_file():
-        raise DataError(f"csv: no file {shown(file)}\nexpected:\n{CSV_LAYOUT}")
+        raise DataError(f"csv: no file {printable(file)}\nexpected:\n{CSV_LAYOUT}")
     with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
         reader = csv.DictReader(lines, skipinitialspace=True)
         header = [name.strip() for name in reader.fieldnames or ()]
         missing = [column for column in COLUMNS if column not in header]
         if missing:
-            raise DataError(f"csv: {shown(file)} lacks {', '.join(missing)} in its header\nexpected:\n{CSV_LAYOUT}")
+            raise DataError(f"csv: {printable(file)} lacks {', '.join(missing)} in its header\nexpected:\n{CSV_LAYOUT}")
         reader.fieldnames = header
         rows = [_row(row, file, reader.line_num) for row in reader]
     return _split("csv", str(file), rows, "")
@@ -86,7 +88,7 @@ def _row(row: dict[str, str | None], file: Path, line: int) -> Row:
     path, person, camera, part = ((row[column] or "").strip() for column in COLUMNS)
     if not (path and person and camera) or part not in PARTS:
         raise DataError(
-            f"csv: {shown(file)}:{line} must have path, person, camera and a split of train, query or gallery, got "
+            f"csv: {printable(file)}:{line} must have path, person, camera and a split of train, query or gallery, got "
             f"{path!r}, {person!r}, {camera!r}, {part!r}"
         )
     return os.path.join(file.parent, path), person, camera, part

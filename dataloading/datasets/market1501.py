@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fusionreid.dataloading.config import DatasetsConfig
-from fusionreid.dataloading.records import DataError, Record, Split, list_images, shown
+from fusionreid.dataloading.records import DataError, Record, Split, list_images, printable
 
 PARTS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 FILE_NAME = re.compile(r"(-?\d+)_c(\d+)")
@@ -36,13 +36,13 @@ def read_layout(folder: Path, name: str, note: str = "") -> Split:
     notes = [note] if note else []
     for part, subfolder in PARTS.items():
         if not (folder / subfolder).is_dir():
-            raise layout_error(f"{name}: no folder {subfolder} in {shown(folder)}", LAYOUT, folder)
+            raise layout_error(f"{name}: no folder {subfolder} in {printable(folder)}", LAYOUT, folder)
         paths, skipped = list_images(folder / subfolder)
         parts[part] = tuple(record for path in paths if (record := _record(path)).person != JUNK)
         if skipped:
             notes.append(f"{subfolder}: {skipped} entries left out, no regular files")
         if not parts[part]:
-            raise layout_error(f"{name}: no images in {shown(folder / subfolder)}", LAYOUT, folder / subfolder)
+            raise layout_error(f"{name}: no images in {printable(folder / subfolder)}", LAYOUT, folder / subfolder)
     return Split(name, str(folder), **parts, note="; ".join(notes))
 
 
@@ -50,7 +50,7 @@ def _record(path: str) -> Record:
     match = FILE_NAME.match(os.path.basename(path))
     if match is None or int(match[2]) < 1:
         raise DataError(
-            f"the name of an image must begin with <person>_c<camera>, cameras counted from 1, got {shown(path)}"
+            f"the name of an image must begin with <person>_c<camera>, cameras counted from 1, got {printable(path)}"
         )
     return Record(path, int(match[1]), int(match[2]) - 1)
 
@@ -62,7 +62,7 @@ def find_folder(root_dir: str, prefix: str | None, marks: Sequence[str], layout:
     """
     root = Path(root_dir).expanduser().absolute()
     if not root.is_dir():
-        raise layout_error(f"DATASETS.ROOT_DIR: no folder {shown(root)}", layout, None)
+        raise layout_error(f"DATASETS.ROOT_DIR: no folder {printable(root)}", layout, None)
     level, found = [root], []
     for _ in range(3):
         found = [folder for folder in level if any((folder / mark).exists() for mark in marks)]
@@ -70,10 +70,10 @@ def find_folder(root_dir: str, prefix: str | None, marks: Sequence[str], layout:
             break
         level = [child for folder in level for child in sorted(folder.iterdir()) if _begins(child, prefix)]
     if len(found) > 1:
-        several = ", ".join(shown(folder) for folder in found)
-        raise DataError(f"DATASETS.ROOT_DIR: {shown(root)} holds several copies ({several}); name one of them")
+        several = ", ".join(printable(folder) for folder in found)
+        raise DataError(f"DATASETS.ROOT_DIR: {printable(root)} holds several copies ({several}); name one of them")
     if not found:
-        where = f"in {shown(root)}" + (f" or in a folder {prefix}* below it" if prefix else "")
+        where = f"in {printable(root)}" + (f" or in a folder {prefix}* below it" if prefix else "")
         raise layout_error(f"DATASETS.ROOT_DIR: no {' or '.join(marks)} {where}", layout, root)
     return found[0]
 
@@ -88,7 +88,7 @@ def layout_error(problem: str, layout: str, looked_in: Path | None) -> DataError
     if looked_in is not None:
         names = sorted(entry.name for entry in os.scandir(looked_in))
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        lines.append(f"found in {shown(looked_in)}: {', '.join(map(shown, names[:10])) or 'nothing'}{more}")
+        lines.append(f"found in {printable(looked_in)}: {', '.join(map(printable, names[:10])) or 'nothing'}{more}")
     return DataError("\n".join(lines))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fusionreid.dataloading.config import DatasetsConfig
 from fusionreid.dataloading.datasets.market1501 import PARTS, compare, find_folder, layout_error, read_layout
-from fusionreid.dataloading.records import DataError, Record, Split, shown
+from fusionreid.dataloading.records import DataError, Record, Split, printable
 
 VERSIONS = {"V1": ("train", "test"), "V2": ("mask_train_v2", "mask_test_v2")}
 FILE_NAME = re.compile(r"\d+_\d+_(\d+)_")  # person, number, camera
@@ -39,7 +39,7 @@ def _version(folder: Path) -> str:
     found = [name for name, subfolders in VERSIONS.items() if all((folder / sub).is_dir() for sub in subfolders)]
     if len(found) != 1:
         problem = "V1 and V2 side by side; keep one" if found else "neither the folders of V1 nor those of V2"
-        raise layout_error(f"msmt17: {problem} in {shown(folder)}", LAYOUT, folder)
+        raise layout_error(f"msmt17: {problem} in {printable(folder)}", LAYOUT, folder)
     return found[0]
 
 
@@ -47,11 +47,11 @@ def _read_lists(folder: Path, names: tuple[str, ...], subfolder: str) -> tuple[R
     records: list[Record] = []
     for name in names:
         if not (folder / name).is_file():
-            raise layout_error(f"msmt17: no file {name} in {shown(folder)}", LAYOUT, folder)
+            raise layout_error(f"msmt17: no file {name} in {printable(folder)}", LAYOUT, folder)
         lines = (folder / name).read_text(encoding="utf-8-sig").splitlines()
         listed = [_parse(line, f"{name}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
         if not listed:
-            raise layout_error(f"msmt17: {name} in {shown(folder)} lists no images", LAYOUT, folder)
+            raise layout_error(f"msmt17: {name} in {printable(folder)} lists no images", LAYOUT, folder)
         suffix = _suffix(folder / subfolder / listed[0][0])
         for path, person, camera in listed:
             full = os.path.join(folder, subfolder, path)

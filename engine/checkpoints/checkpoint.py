@@ -23,7 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fusionreid.engine.storage import StorageError, write_json
+from fusionreid.engine.storage import StorageError
+from fusionreid.errors import ReIDError
+from fusionreid.files import write_json
 
 FORMAT = 1
 MANIFEST, STATE, BEST, TENSORS = "manifest.json", "state.json", "best.json", ".safetensors"
@@ -32,7 +34,7 @@ TABLE_ROWS = 20  # of a comparison; the rest is counted
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ReIDError, RuntimeError):
     """A checkpoint that does not fit, is of another format, or is damaged."""
 
     exit_code = 3

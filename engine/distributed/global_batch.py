@@ -13,15 +13,15 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fusionreid.errors import ReIDError
+
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.14
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
 
 
-class NormError(ValueError):
+class NormError(ReIDError, ValueError):
     """A model has a batch norm of a kind that cannot be synchronised."""
-
-    exit_code = 2
 
 
 @torch.library.custom_op("fusionreid::gather_ranks", mutates_args=())

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fusionreid.engine.config import ParallelConfig
 from fusionreid.engine.distributed.compile import blocks, compile_parts
 from fusionreid.engine.distributed.global_batch import synchronise_norms
+from fusionreid.errors import ReIDError
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=nn.Module)
@@ -30,10 +31,8 @@ LAUNCHED = "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"  # beside WORLD_SI
 TIMEOUT = timedelta(minutes=10)  # a rank that has not answered by then is dead
 
 
-class DeviceError(ValueError):
+class DeviceError(ReIDError, ValueError):
     """The configuration asks for a device that is not there."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)

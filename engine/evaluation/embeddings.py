@@ -16,15 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusionreid.dataloading.records import Record, shown
+from fusionreid.dataloading.records import Record, printable
 from fusionreid.engine.command import OutputFolderError
-from fusionreid.engine.storage import StorageError, write_json
+from fusionreid.engine.storage import StorageError
+from fusionreid.errors import ReIDError
+from fusionreid.files import write_json
 
 FORMAT = 1
 FEATURES, INDEX = "features.npy", "index.json"
 
 
-class EmbeddingsError(ValueError):
+class EmbeddingsError(ReIDError, ValueError):
     """A folder that holds no embeddings, or not those that are needed."""
 
     exit_code = 3
@@ -49,7 +51,7 @@ def check_place(folder: Path) -> None:
         what = "exists and holds more than embeddings"
     except OSError as error:
         what = f"cannot become a folder of embeddings ({error.strerror})"
-    raise OutputFolderError(f"{shown(folder)} {what}, and would be replaced: name a folder that is not there yet")
+    raise OutputFolderError(f"{printable(folder)} {what}, and would be replaced: name a folder that is not there yet")
 
 
 def draft(folder: Path, count: int, width: int, *, create: bool) -> Tensor:
@@ -65,7 +67,7 @@ def draft(folder: Path, count: int, width: int, *, create: bool) -> Tensor:
             with open(path, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError as error:
-        raise StorageError(f"{shown(path)} cannot be written: {error}; make room or set another folder") from error
+        raise StorageError(f"{printable(path)} cannot be written: {error}; make room or set another folder") from error
     return torch.from_numpy(array)
 
 
@@ -77,7 +79,7 @@ def finish(
     index = {
         "format": FORMAT, "rows": len(features), "width": features.shape[1], "queries": num_query, "source": source,
         "persons": [record.person for record in records], "cameras": [record.camera for record in records],
-        "paths": [shown(record.path) for record in records],
+        "paths": [printable(record.path) for record in records],
     }  # fmt: skip
     try:
         with open(aside / FEATURES, "rb+") as file:
@@ -89,7 +91,9 @@ def finish(
         os.rename(aside, folder)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise StorageError(f"{shown(folder)} cannot be written: {error}; make room or set another folder") from error
+        raise StorageError(
+            f"{printable(folder)} cannot be written: {error}; make room or set another folder"
+        ) from error
 
 
 def load(folder: Path) -> Embeddings:

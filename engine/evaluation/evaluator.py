@@ -1,7 +1,7 @@
 """Evaluation of a model: embeddings, in equal shares by all ranks, then exact ranks of every true match."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,10 +70,20 @@ def _plain(name: str) -> str:
 
 
 def evaluate(
-    model: nn.Module, split: Split, images: TestLoader, cameras: Sequence[int], cfg: Config, ranks: Ranks
+    model: nn.Module,
+    split: Split,
+    images: TestLoader,
+    cameras: Sequence[int],
+    cfg: Config,
+    ranks: Ranks,
+    *,
+    before_batch: Callable[[], None] | None = None,
 ) -> Evaluation:
-    """Embed query and gallery and rank the gallery for every query, re-ranked if TEST.RE_RANKING says so."""
-    features = embed(model, images, cameras, cfg, ranks)
+    """Embed query and gallery and rank the gallery for every query, re-ranked if TEST.RE_RANKING says so.
+
+    `before_batch` is called by all ranks before each batch and may raise to end the evaluation there.
+    """
+    features = embed(model, images, cameras, cfg, ranks, before_batch=before_batch)
     rankings = rank_all("plain", features, len(split.query), split_ids(split), cfg, ranks)
     return Evaluation(features, rankings.get("re-ranked", rankings["plain"]))
 

@@ -1,6 +1,6 @@
 """From images to test vectors, in equal shares by all ranks, in memory or streamed to a file."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,11 +17,12 @@ from fusionreid.engine.distributed import parallel
 from fusionreid.engine.distributed.parallel import Ranks
 from fusionreid.engine.evaluation import embeddings
 from fusionreid.engine.evaluation.embeddings import Embeddings
+from fusionreid.errors import ReIDError
 
 FINITE_ROWS = 4096  # looked at at once
 
 
-class NonFiniteError(ArithmeticError):
+class NonFiniteError(ReIDError, ArithmeticError):
     """A loss or a feature is NaN or infinite; nothing was updated or scored with it."""
 
     exit_code = 5
@@ -45,6 +46,7 @@ def embed(
     cfg: Config,
     ranks: Ranks,
     folder: Path | None = None,
+    before_batch: Callable[[], None] | None = None,
 ) -> Tensor:
     """Test vectors (N, D) of all images of all ranks in order, float32 on the CPU of every rank.
 
@@ -59,6 +61,8 @@ def embed(
     batches = iter(images)
     batch = next(batches, None)
     while batch is not None:
+        if before_batch is not None:
+            before_batch()
         seen = known_only(batch.cameras, known)
         with parallel.autocast(cfg.SOLVER.PRECISION, ranks.device):
             feature = feature_vectors(model, batch.images, seen, test=cfg.TEST)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusionreid.errors import ReIDError
 from fusionreid.kernels import nearest_neighbours, rank_counts, rank_counts_of
 
 Ids: TypeAlias = Sequence[int] | Tensor
@@ -22,10 +23,8 @@ Metric = Literal[
 ]  # cosine: squared Euclidean distance at unit length; euclidean: as it is, squared
 
 
-class RetrievalError(ValueError):
+class RetrievalError(ReIDError, ValueError):
     """Query and gallery leave nothing to measure."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ import torch
 from fusionreid.dataloading import Split
 from fusionreid.dataloading.records import PARTS
 from fusionreid.engine.config import Config
-from fusionreid.engine.storage import write_json
+from fusionreid.files import write_json
 
 FILE = "manifest.json"
 PACKAGES = ("fusionreid", "torch", "torchvision", "triton", "timm", "numpy")

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import cycle
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fusionreid.dataloading.records import Record
+from fusionreid.files import atomic_write
 
 THUMBNAIL = (80, 160)  # width, height in pixels
 GAP, MARGIN, CAPTION, FRAME = 14, 24, 34, 4
@@ -192,9 +192,8 @@ def write_page(path: Path, title: str, text: str, sections: Sequence[str]) -> No
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
         f"<body><h1>{escape(title)}</h1><p>{escape(text)}</p>{''.join(sections)}</body></html>\n"
     )
-    draft = path.with_suffix(".draft")
-    draft.write_text(page, encoding="utf-8")
-    os.replace(draft, path)
+    with atomic_write(path, "w", encoding="utf-8") as file:
+        file.write(page)
 
 
 def _percent(rate: float) -> str:

@@ -23,7 +23,7 @@ from fusionreid.engine.evaluation.retrieval import Ranking, rank, top_k
 from fusionreid.engine.reporting.attention import Maps, attention_sheet
 from fusionreid.engine.reporting.html import SHOWN_QUERIES, choose_queries, rank_lists
 from fusionreid.engine.reporting.runs import ATTENTION, RANK_LISTS, draw_report
-from fusionreid.engine.storage import write_json
+from fusionreid.files import write_json
 
 FALSE_POSITIVE_RATES = 1e-4, 1e-3, 1e-2
 SHOWN_RANKS = 1, 5, 10

@@ -3,14 +3,13 @@
 from pathlib import Path
 
 from fusionreid.config import ModelConfig
+from fusionreid.errors import ReIDError
 
 CHECKPOINT_FILES = ("model.safetensors", "state.json")
 
 
-class WeightsError(ValueError):
+class WeightsError(ReIDError, ValueError):
     """A weight file is missing, unreadable, or does not fit the model."""
-
-    exit_code = 2
 
 
 def check_weights(config: ModelConfig) -> None:

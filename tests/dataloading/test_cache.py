@@ -1,4 +1,4 @@
-"""The file of decoded images: written once, found again, written anew when anything changed, and never half."""
+"""The file of decoded images: written once, found again, replaced when anything changed, and never half."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ import torch
 
 from fusionreid.dataloading import cache, read_split
 from fusionreid.dataloading.bad_images import BadImages
-from fusionreid.dataloading.cache import ResidentPixels, load_or_fill, place_for
+from fusionreid.dataloading.cache import CachedImages, load_or_fill, place_for
 from fusionreid.dataloading.config import DataloaderConfig, DatasetsConfig
 from fusionreid.dataloading.decode import decode_batch
 from fusionreid.dataloading.loader import Batch, TestLoader
@@ -69,7 +69,7 @@ def test_it_moves_with_its_data_set(files):
 
 
 @pytest.mark.parametrize("change", ["size", "time", "order", "fewer", "decoder", "cut", "header"])
-def test_it_is_filled_anew_when_anything_changed(files, change):
+def test_it_is_filled_again_when_anything_changed(files, change):
     load(files, Fill())
     file = Path(files[0]).parent / "cache" / "train.safetensors"
     changes = {
@@ -123,7 +123,7 @@ def test_two_that_do_not_see_each_others_lock_write_no_common_file(files, monkey
     assert sorted(os.listdir(Path(files[0]).parent / "cache")) == ["train.lock", "train.safetensors"]
 
 
-def test_what_stands_in_is_not_kept_for_the_file_itself(files):
+def test_a_replacement_is_not_kept_for_the_file_itself(files):
     def fill():
         yield [0, 1, 2], torch.zeros(3, *SIZE, 3, dtype=torch.uint8)
         yield [1, 4], torch.ones(2, *SIZE, 3, dtype=torch.uint8)
@@ -138,7 +138,7 @@ def test_batches_are_rows_of_what_stays():
     batches = [np.array([6, 1, 1]), np.array([3, 1, 2]), np.array([5])]
     for first in (0, 1):
         share = images[first:]
-        pixels = ResidentPixels(share, "host", CPU, first)
+        pixels = CachedImages(share, "host", CPU, first)
         for batch, (stay, rows) in zip(batches, pixels(batches), strict=True):
             assert stay is share
             assert torch.equal(stay[rows], images[batch])
@@ -160,7 +160,7 @@ def split(tmp_path_factory):
     return make_split(tmp_path_factory.mktemp("market"))
 
 
-def test_resident_images_are_the_files_and_need_no_decoder(split, monkeypatch):
+def test_cached_images_are_the_files_and_need_no_decoder(split, monkeypatch):
     plain = list(loader(split).batches(1))
     for world_size in (1, 2):
         for rank in range(world_size):
@@ -168,7 +168,7 @@ def test_resident_images_are_the_files_and_need_no_decoder(split, monkeypatch):
             assert same(list(loader(split, cache="host", rank=rank, world_size=world_size).batches(2)), one)
     monkeypatch.setattr("fusionreid.dataloading.decode_workers.decode_batch", None)
     train = loader(split, cache="auto", workers=2)
-    assert "30 train images of 32 x 16, 0 MB decoded: resident in host memory, from " in train.note
+    assert "30 train images of 32 x 16, 0 MB decoded: cached in host memory, from " in train.note
     next(train.batches(0))
     assert same(list(train.batches(1)), plain)
     train.close()
@@ -181,12 +181,12 @@ def test_no_room_on_the_disk(split, monkeypatch, caplog):
         loader(split, cache="host")
     with caplog.at_level(logging.WARNING):
         train = loader(split, cache="auto")
-    assert "decoded anew by torchvision each time" in train.note
-    assert "every image is decoded anew" in caplog.text
+    assert "decoded by torchvision at every use" in train.note
+    assert "every image is decoded at every use" in caplog.text
 
 
 def test_device_memory_needs_a_device(split):
-    assert "resident in host memory" in images_of(split, cache="device", fill=True).note
+    assert "cached in host memory" in images_of(split, cache="device", fill=True).note
     with pytest.raises(DataError, match=r"DATALOADER\.CACHE device needs a GPU; set host, or auto"):
         loader(split, cache="device")
 
@@ -209,7 +209,7 @@ def test_query_and_gallery_are_decoded_once(tmp_path, monkeypatch):
         return decode_batch(paths, *how)
 
     monkeypatch.setattr("fusionreid.dataloading.decode_workers.decode_batch", counting)
-    assert "decoded anew by torchvision" in images_of(split).note  # asked only to use a file, it writes none
+    assert "decoded by torchvision at every use" in images_of(split).note  # asked only to use a file, it writes none
     assert not files_of_test_images(split)
     assert not read
     test = images_of(split, fill=True)
@@ -218,19 +218,19 @@ def test_query_and_gallery_are_decoded_once(tmp_path, monkeypatch):
     assert same(list(test), plain)
     assert same(list(images_of(split)), plain)
     assert len(read) == 35
-    assert f"35 test images of 24 x 16, 0 MB decoded: resident in host memory, from {split.root}" in test.note
+    assert f"35 test images of 24 x 16, 0 MB decoded: cached in host memory, from {split.root}" in test.note
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_every_rank_has_its_share_of_the_resident_images(split, world_size):
+def test_every_rank_has_its_share_of_the_cached_images(split, world_size):
     def shares(cache: str) -> list[Batch]:
         return [list(images_of(split, cache, rank=rank, world_size=world_size, fill=True)) for rank in ranks]
 
     ranks = range(world_size)
-    resident, plain = shares("auto"), shares("none")
-    assert all(same(one, other) for one, other in zip(resident, plain, strict=True))
-    assert len({sum(len(batch.images) for batch in share) for share in resident}) == 1
-    indices = [i for share in resident for batch in share for i in batch.indices.tolist()]
+    cached, plain = shares("auto"), shares("none")
+    assert all(same(one, other) for one, other in zip(cached, plain, strict=True))
+    assert len({sum(len(batch.images) for batch in share) for share in cached}) == 1
+    indices = [i for share in cached for batch in share for i in batch.indices.tolist()]
     assert indices == [*range(35), *[34] * (len(indices) - 35)]
 
 
@@ -239,7 +239,7 @@ def test_an_evaluation_needs_no_room_on_the_disk(split, monkeypatch, caplog):
         file.unlink()
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     test = images_of(split, "host", fill=True)
-    assert "every image is decoded anew" in caplog.text
+    assert "every image is decoded at every use" in caplog.text
     assert len(list(test)) == 5
 
 
@@ -254,7 +254,7 @@ def test_lists_side_by_side_have_files_of_their_own(tmp_path):
     for split in splits:
         images_of(split, fill=True)
         loader(split, cache="host").close()
-    assert all("resident" in images_of(split).note for split in splits)
+    assert all("cached in" in images_of(split).note for split in splits)
     assert len(list(tmp_path.glob(".fusionreid-*.safetensors"))) == 4
 
 
@@ -266,7 +266,7 @@ def test_no_file_is_left_of_images_that_cannot_be_read(tmp_path):
     assert not files_of_test_images(split)
 
 
-def test_an_image_that_stood_in_is_decoded_itself_when_it_is_back(tmp_path, monkeypatch):
+def test_a_replaced_image_is_decoded_itself_when_it_is_back(tmp_path, monkeypatch):
     monkeypatch.setattr("fusionreid.dataloading.fallback_reader.time", SimpleNamespace(sleep=lambda _: None))
     split, bad = make_split(tmp_path), BadImages("skip", tmp_path, total=10_000)
     plain = list(loader(split).batches(1))

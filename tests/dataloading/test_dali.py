@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("nvidia.dali", reason="DALI is an extra")
 
-from fusionreid.dataloading.dali import DaliPixels
+from fusionreid.dataloading.dali import DaliDecoder
 from fusionreid.dataloading.decode import BICUBIC, BILINEAR, decode_batch
 from fusionreid.dataloading.records import DataError
 from tests import ROOT
@@ -22,11 +22,11 @@ CPU = torch.device("cpu")
 SHAPES = [(128, 64), (256, 128), (300, 90), (384, 160), (61, 200), (1000, 480), (1, 400), (900, 1)]
 
 
-def pixels_of(paths, size=(64, 32), resize=BICUBIC, batch_size=4) -> DaliPixels:
-    def otherwise(positions):
+def pixels_of(paths, size=(64, 32), resize=BICUBIC, batch_size=4) -> DaliDecoder:
+    def fallback(positions):
         return decode_batch([paths[i] for i in positions], size, resize)
 
-    return DaliPixels(paths, size, resize, batch_size=batch_size, num_threads=2, device=CPU, otherwise=otherwise)
+    return DaliDecoder(paths, size, resize, batch_size=batch_size, num_threads=2, device=CPU, fallback=fallback)
 
 
 @pytest.fixture(scope="module")

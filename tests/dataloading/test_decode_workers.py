@@ -1,4 +1,4 @@
-"""Decoding processes under signals, sudden death, and the end of their parent."""
+"""Decode workers under signals, sudden death, and the end of their parent."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ import pytest
 
 from fusionreid.dataloading import Split
 from fusionreid.dataloading.decode import BICUBIC
-from fusionreid.dataloading.decode_workers import FilePixels
+from fusionreid.dataloading.decode_workers import DecodeWorkers
 from tests import ROOT
 from tests.dataloading.test_loader import loader, make_split, worker_pids
 
@@ -57,14 +57,14 @@ def test_a_full_disk_is_not_blamed_on_a_worker(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     (tmp_path / "bad.jpg").write_bytes(b"")
-    pixels = FilePixels([str(tmp_path / "bad.jpg")], (32, 16), BICUBIC, 0, otherwise=no_room)
+    pixels = DecodeWorkers([str(tmp_path / "bad.jpg")], (32, 16), BICUBIC, 0, fallback=no_room)
     with pytest.raises(OSError, match="No space left on device"):
         next(pixels([np.array([0])]))
 
 
 STARTING = """
 import signal, sys
-from dataloading import read_split
+from fusionreid.dataloading import read_split
 from fusionreid.dataloading.config import DatasetsConfig
 from tests.dataloading.test_loader import loader
 
@@ -96,7 +96,7 @@ def test_signals_do_not_reach_the_server_while_it_starts(split, tmp_path, number
 
 RUN = """
 import sys, time
-from dataloading import read_split
+from fusionreid.dataloading import read_split
 from fusionreid.dataloading.config import DatasetsConfig
 from tests.dataloading.test_loader import loader, worker_pids
 

@@ -53,11 +53,11 @@ def test_a_camera_spelt_out(tmp_path, name):
     assert [getattr(split, part)[0].camera for part in ("train", "query", "gallery")] == [0, 1, 0]
 
 
-def test_the_list_that_the_readme_makes(tmp_path, monkeypatch):
+def test_the_list_that_the_manual_makes(tmp_path, monkeypatch):
     make(tmp_path / "crops", *(f"{person}/{camera}_{i}.jpg" for person in ("anna", "Jörg, M", "p 3", "p4", "p5")
                                for camera in ("hall 2_b", "Tür") for i in range(3)), "p4/.DS_Store")  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own cameras")[1]
+    text = (ROOT / "docs/own-cameras.md").read_text(encoding="utf-8")
     exec(text.split("```python")[1].split("```")[0], {})
     split = read("csv", tmp_path / "crops.csv")
     assert [len(getattr(split, part)) for part in ("train", "query", "gallery")] == [18, 4, 8]

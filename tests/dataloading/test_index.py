@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from fusionreid.dataloading import index
-from fusionreid.dataloading.index import FILE, Entry, condemn, index_folder, look, scan
+from fusionreid.dataloading.index import FILE, Entry, index_folder, inspect_file, mark_bad, scan
 from tests.dataloading.test_records import BAD, GOOD, JPEG, image_bytes
 
 
@@ -24,7 +24,7 @@ def faults(entries: dict[str, Entry]) -> dict[str, str]:
     return {os.path.basename(path): entry.fault for path, entry in entries.items() if entry.fault}
 
 
-def test_row_13_every_bad_file_is_named_with_its_fault(tmp_path):
+def test_every_bad_file_is_named_with_its_fault(tmp_path):
     paths = write(tmp_path, {name: data for name, (data, _) in BAD.items()} | GOOD)
     os.mkfifo(tmp_path / "fifo.jpg")
     (tmp_path / "folder.jpg").mkdir()
@@ -42,8 +42,8 @@ def test_what_an_entry_says(tmp_path):
     Image.new("RGB", (6, 5)).save(frames, "GIF", save_all=True, append_images=[Image.new("RGB", (6, 5), "red")])
     jpeg, gif = write(tmp_path, {"a.jpg": JPEG, "b.jpg": frames.getvalue()})
     status = os.stat(jpeg)
-    assert look(jpeg)[:6] == (len(JPEG), status.st_mtime_ns, "JPEG", 64, 128, False)
-    assert look(gif)[2:6] == ("GIF", 6, 5, True)
+    assert inspect_file(jpeg)[:6] == (len(JPEG), status.st_mtime_ns, "JPEG", 64, 128, False)
+    assert inspect_file(gif)[2:6] == ("GIF", 6, 5, True)
 
 
 def test_the_usual_formats_are_not_decoded(tmp_path, monkeypatch):
@@ -60,7 +60,7 @@ def test_the_usual_formats_are_not_decoded(tmp_path, monkeypatch):
 def test_the_second_start_opens_nothing(tmp_path, monkeypatch):
     paths = write(tmp_path, GOOD | {name: data for name, (data, _) in BAD.items()})
     first = scan(str(tmp_path), paths)
-    monkeypatch.setattr(index, "look", lambda path: pytest.fail(f"{path} was opened"))
+    monkeypatch.setattr(index, "inspect_file", lambda path: pytest.fail(f"{path} was opened"))
     assert scan(str(tmp_path), paths) == first
     moved = tmp_path.with_name("moved")
     tmp_path.rename(moved)
@@ -69,7 +69,7 @@ def test_the_second_start_opens_nothing(tmp_path, monkeypatch):
     ]
 
 
-def test_row_14_what_changed_is_read_again_and_the_disks_word_is_not_kept(tmp_path, monkeypatch):
+def test_what_changed_is_read_again_and_the_disks_word_is_not_kept(tmp_path, monkeypatch):
     good, later = write(tmp_path, {"good.jpg": JPEG, "later.jpg": JPEG})
     scan(str(tmp_path), [good, later])
     Path(later).write_bytes(JPEG[:-9])
@@ -91,7 +91,7 @@ def test_decoding_finds_more_and_the_next_start_knows(tmp_path):
             raise ValueError("wrong inside\nsecond line")
 
     assert faults(scan(str(tmp_path), paths, decode)) == {"b.jpg": "wrong inside"}
-    condemn(str(tmp_path), paths[2], "wrong too")
+    mark_bad(str(tmp_path), paths[2], "wrong too")
     assert faults(scan(str(tmp_path), paths)) == {"b.jpg": "wrong inside", "c.jpg": "wrong too"}
     Path(paths[1]).write_bytes(JPEG + b"\xff\xd9")
     assert faults(scan(str(tmp_path), paths)) == {"c.jpg": "wrong too"}

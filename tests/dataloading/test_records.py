@@ -97,7 +97,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-def test_row_16_a_lying_header_costs_no_memory(tmp_path):
+def test_a_lying_header_costs_no_memory(tmp_path):
     def with_sides(kind: str, mark: bytes, offset: int, sides: bytes, **options: object) -> bytes:
         data = image_bytes(kind, **options)
         place = data.index(mark) + offset

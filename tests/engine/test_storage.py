@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fusionreid.engine.storage import write_json
+from fusionreid.files import write_json
 
 
 def test_json_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from fusionreid.dataloading.config import DatasetsConfig
 from fusionreid.dataloading.datasets import market1501
 from fusionreid.dataloading.datasets.synthetic.camera import camera_of, picture
-from fusionreid.dataloading.records import DataError, Split, shown
+from fusionreid.dataloading.records import DataError, Split, printable
 
 PARAMETERS = "synthetic.json"  # beside the folders: what they were rendered from
 RENDERER = 1  # counts changes of the pictures that the same parameters give
@@ -77,7 +77,7 @@ def _complete(root: Path, wanted: dict[str, object]) -> bool:
         found = "files of other origin"
     if found != wanted:
         raise DataError(
-            f"{shown(root)} holds {found}, not the synthetic data set {wanted}; "
+            f"{printable(root)} holds {found}, not the synthetic data set {wanted}; "
             "remove that folder or choose another DATASETS.ROOT_DIR"
         )
     return True

@@ -1,18 +1,18 @@
-"""Neighbours by tiles: equal to sorting the fp64 distances, also where rows find more than they have places for."""
+"""Neighbours on a GPU: equal to sorting the fp64 distances, also where rows find more than they have places for."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from fusionreid.kernels import (
-    _rows,
+    _exact_distances,
     nearest_neighbours,
     neighbour_lists,
-    neighbour_tiles,
     neighbours,
     rank_counts,
     reference,
 )
+from fusionreid.kernels import _int8_products as int8
 from tests.kernels.test_ranking import assert_equal, made_up, made_up_ids
 from tests.kernels.test_ranking_kernels import on_device
 
@@ -22,9 +22,9 @@ pytestmark = pytest.mark.usefixtures("triton_path")
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks, spans and pieces; and the plain path cannot help out."""
-    monkeypatch.setattr(neighbour_tiles, "QUERIES", 100)
-    monkeypatch.setattr(neighbour_tiles, "SPAN", 384)
-    monkeypatch.setattr(neighbour_tiles, "CAPACITY", 128)
+    monkeypatch.setattr(neighbours, "QUERIES", 100)
+    monkeypatch.setattr(int8, "SPAN", 384)
+    monkeypatch.setattr(neighbours, "CAPACITY", 128)
     monkeypatch.delattr(neighbours, "_nearest_by_blocks")
 
 
@@ -58,23 +58,11 @@ def test_normalized_features_of_any_type(dtype: torch.dtype) -> None:
     check(query, gallery, 12, normalize=True)
 
 
-def test_a_gallery_that_comes_ever_nearer_overflows_and_is_met_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("farthest_first", [True, False])
+def test_any_order_of_the_gallery(farthest_first: bool) -> None:
+    """One that comes ever nearer has more below a row's limit than there are places, again and again."""
     query, gallery = torch.zeros(2, 8), torch.randn(1000, 8)
-    gallery = gallery[gallery.norm(dim=1).argsort(descending=True)]
-    pieces, append = [], neighbour_tiles.append_piece
-    monkeypatch.setattr(neighbour_tiles, "append_piece", lambda *given: pieces.append(given[3]) or append(*given))
-    check(query, gallery, 5)
-    sizes = [piece.stop - piece.start for piece in pieces]
-    assert sizes == [128, 256, 128, 128, 384, 128, 256, 128, 128, 232, 128, 104]
-
-
-def test_farther_and_farther_needs_no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    query, gallery = torch.zeros(2, 8), torch.randn(1000, 8)
-    gallery = gallery[gallery.norm(dim=1).argsort()]
-    pieces, append = [], neighbour_tiles.append_piece
-    monkeypatch.setattr(neighbour_tiles, "append_piece", lambda *given: pieces.append(given[3]) or append(*given))
-    check(query, gallery, 5)
-    assert [piece.stop - piece.start for piece in pieces] == [128, 256, 384, 232]
+    check(query, gallery[gallery.norm(dim=1).argsort(descending=farthest_first)], 5)
 
 
 @pytest.mark.parametrize("first", [0, 398])
@@ -99,16 +87,18 @@ def test_lists_of_some_rows() -> None:
 @pytest.fixture
 def gallery_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gallery is treated as one that lies on another device; without a GPU, bringing it is a copy."""
-    both = _rows.Rows.both.__func__  # type: ignore[attr-defined]
+    both = _exact_distances.Rows.both.__func__  # type: ignore[attr-defined]
 
-    def apart(cls: type, query: Tensor, gallery: Tensor, normalize: bool) -> tuple[_rows.Rows, _rows.Rows]:
+    def apart(
+        cls: type, query: Tensor, gallery: Tensor, normalize: bool
+    ) -> tuple[_exact_distances.Rows, _exact_distances.Rows]:
         queries, items = both(cls, query, gallery, normalize)
         items.features, items.elsewhere = items.features.cpu(), True
         return queries, items
 
-    monkeypatch.setattr(_rows.Rows, "both", classmethod(apart))
-    monkeypatch.setattr("fusionreid.kernels._distances.FETCHED", 50)
-    monkeypatch.setattr("fusionreid.kernels.ranking_tiles.SPAN", 128)
+    monkeypatch.setattr(_exact_distances.Rows, "both", classmethod(apart))
+    monkeypatch.setattr("fusionreid.kernels._exact_distances.FETCHED", 50)
+    monkeypatch.setattr("fusionreid.kernels._int8_products.SPAN", 128)
 
 
 @pytest.mark.parametrize("kind", ["spread", "near"])

@@ -68,7 +68,7 @@ class Build:
     matrix_instructions: dict[str, int]  # how many of each shape and type; RS: their first operand is in registers
     has_product: bool  # one that matrix instructions exist for
     grid: int  # programs of the launch
-    wait_depth: int | None  # copies that a loop leaves under way where it waits; None without asynchronous copies
+    wait_depth: int | None  # copies that are still under way at the wait with the most; None without any
     waiting_turns: int  # of loops that leave none under way
 
     @property

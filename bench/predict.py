@@ -72,7 +72,7 @@ def waiting_turns(ttgir: str) -> int:
 
 
 def wait_depth(ttgir: str) -> int | None:
-    """The fewest copies that a loop leaves under way where it waits; None without asynchronous copies."""
+    """Return how many copies are still under way at a wait, of the wait with the most; None without any."""
     waits = [int(number) for number in WAIT.findall(ttgir)]
     return max(waits, default=None)
 

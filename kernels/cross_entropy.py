@@ -93,7 +93,7 @@ def forward_kernel(logits, strides, persons_ptr, terms_ptr, lse_ptr, K, smoothin
 
 @triton.jit
 def _sums(z_ptr, K, BLOCK_K: tl.constexpr):
-    """The largest of every BLOCK_K-th logit of a row, their exponentials' sum relative to it, their sum / K; [BLOCK_K]."""
+    """The largest of every BLOCK_K-th logit of a row, and the sums of exp relative to it and of z / K; [BLOCK_K]."""
     highest = tl.full((BLOCK_K,), LOWEST, tl.float32)  # finite: logits may be -inf
     sums = tl.zeros((BLOCK_K,), tl.float32)
     mean = tl.zeros((BLOCK_K,), tl.float32)

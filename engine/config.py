@@ -1,4 +1,4 @@
-"""SOLVER, TEST, PARALLEL and the whole: a YAML file and overrides become one `Config`, or one `ConfigError`."""
+"""The configuration: a YAML file and overrides become one `Config`, or one `ConfigError` with every mistake."""
 
 import difflib
 import os
@@ -19,11 +19,13 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from fusionreid.config import ModelConfig, Rate, Section, Switch, Text
+from fusionreid.config import ModelConfig, Rate, Section, Switch
 from fusionreid.dataloading.config import DataloaderConfig, DatasetsConfig, InputConfig
 from fusionreid.engine import config_yaml
 from fusionreid.engine.config_files import NoSuchConfig, find_config
+from fusionreid.engine.config_hints import keys_like
 from fusionreid.errors import ReIDError
+from fusionreid.schema import FolderText, PathText
 
 
 class ConfigError(ReIDError, ValueError):
@@ -31,7 +33,7 @@ class ConfigError(ReIDError, ValueError):
 
 
 def _words(value: Any) -> Any:
-    """One word is a list of one; `no` is an empty list."""
+    """Read one word as a list of one, and `no` as an empty list."""
     if isinstance(value, str):
         return tuple(word.strip() for word in value.strip("[]").split(",") if word.strip())
     return () if value is False else value
@@ -111,7 +113,7 @@ ReRanking = Annotated[Literal[False, True, "published"], BeforeValidator(_word)]
 class TestConfig(Section):
     """What is evaluated, and how."""
 
-    WEIGHT: str = ""  # checkpoint to evaluate; empty: the newest in OUTPUT_DIR; best: of the highest mAP
+    WEIGHT: PathText = ""  # checkpoint, or a run: its newest; empty: that of OUTPUT_DIR; best: that of the highest mAP
     IMS_PER_BATCH: PositiveInt = 256
     FEAT: Annotated[int, Field(ge=0, le=6)] = 0  # 0: all heads concatenated; 1..6: one of them
     NECK_FEAT: Literal["before", "after"] = "before"  # features before or after the batch norm neck
@@ -120,7 +122,7 @@ class TestConfig(Section):
     RE_RANKING: ReRanking = False  # no, yes or published
     QUERY_EXPANSION: NonNegativeInt = 0  # nearest gallery images averaged into a query for a row of its own; 0: none
     DETAILS: Switch = False  # also camera pairs, TPR at FPR, single gallery shot and multi-query in metrics.json
-    EMBEDDINGS: str = ""  # folder of an earlier evaluation to rank again, without a model; empty: embed
+    EMBEDDINGS: PathText = ""  # folder of an earlier evaluation to rank again, without a model; empty: embed
     SIE_UNKNOWN: Literal["error", "mean"] = "error"  # a camera that training never saw: stop, or the mean embedding
 
 
@@ -134,7 +136,7 @@ class Config(Section):
     SOLVER: SolverConfig = SolverConfig()
     TEST: TestConfig = TestConfig()
     PARALLEL: ParallelConfig = ParallelConfig()
-    OUTPUT_DIR: Text = "./log"  # logs, checkpoints, results
+    OUTPUT_DIR: FolderText = "./log"  # logs, checkpoints, results
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -157,7 +159,7 @@ class Config(Section):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A line for every key that differs from its default and yet has no effect."""
+        """Lines about keys that differ from their default and yet have no effect."""
         idle = {key: text for key, field in KEYS.items() for text in field.metadata if isinstance(text, str)}
         if self.SOLVER.PRECISION == "fp16" or self.SOLVER.ACCUMULATE > 1 or self.PARALLEL.CHECKPOINT:
             idle["PARALLEL.GRAPH"] = "with fp16, ACCUMULATE or CHECKPOINT a step is not the same launches every time"
@@ -174,12 +176,12 @@ class Config(Section):
         return tuple(f"{key}: {values[key]!r} has no effect: {idle[key]}" for key in set_ones)
 
     def dump(self) -> str:
-        """Every key as YAML; `load_config` reads it back to an equal `Config`."""
+        """Write every key as YAML; `load_config` reads it back to an equal `Config`."""
         return config_yaml.dump(self.model_dump())
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
-        """The inverse of `model_dump`, also after a walk through JSON."""
+        """Build from the result of `model_dump`, also after a walk through JSON."""
         return _build(config_yaml.dump(values), "saved config", (), [])
 
 
@@ -214,9 +216,7 @@ def _build(text: str, name: str, overrides: Sequence[str], problems: list[str]) 
 def _unknown(key: str, value: Any) -> str:
     if key in SECTIONS:
         return f"is a section of keys, got {value!r}"
-    last = "." + key.upper().rpartition(".")[2]
-    meant = [known for known in KEYS if f".{known}".endswith(last)]
-    meant = meant or difflib.get_close_matches(key.upper(), [*KEYS, *SECTIONS], n=1)
+    meant = keys_like(key, KEYS) or difflib.get_close_matches(key.upper(), SECTIONS, n=1)
     return "unknown key" + (f", did you mean {' or '.join(meant)}?" if meant else "")
 
 

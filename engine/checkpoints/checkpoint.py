@@ -32,7 +32,7 @@ from fusionreid.weights.checkpoint_files import (
     verify,
 )
 
-__all__ = ["CheckpointError", "DamagedError", "verify"]
+__all__ = ["STATE", "CheckpointError", "DamagedError", "verify"]
 
 BEST = "best.json"
 ASIDE, DRAFT, REMOVED = ".tmp-old-", ".tmp-", ".tmp-removed-"  # before the name of a checkpoint

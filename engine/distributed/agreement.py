@@ -10,8 +10,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from fusionreid.engine.command import OutputFolderError
+from fusionreid.engine.distributed import peers
 from fusionreid.engine.distributed.parallel import Ranks, all_reduce_max
+from fusionreid.engine.storage import OutputFolderError
 from fusionreid.errors import ReIDError
 
 T = TypeVar("T")
@@ -19,13 +20,14 @@ PATIENCE_S = 10.0  # for a network file system to show a new file to another hos
 
 
 def decide(work: Callable[[], T], ranks: Ranks) -> T:
-    """Do the work on rank 0 and return its result on every rank, or raise its error there."""
+    """Do the work on rank 0 and return its result on every rank, or raise its error on every rank."""
     outcome: list[T | ReIDError | None] = [None]
     if ranks.main:
         try:
             outcome = [work()]
         except ReIDError as error:
             outcome = [error]
+    peers.meet()  # however long the work takes
     if ranks.world_size > 1:
         dist.broadcast_object_list(outcome)
     if isinstance(outcome[0], ReIDError):

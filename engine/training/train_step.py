@@ -1,7 +1,6 @@
 """One training step: forward, losses of the whole batch, backward, update. Its state is tensors that stay in place."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -23,8 +22,6 @@ from fusionreid.errors import ReIDError
 from fusionreid.losses import CenterLoss, CosineMargin, head_names, reid_loss
 from fusionreid.model import Outputs
 
-SKIPPED_STEPS = 20  # in a row, by the loss scaler of fp16, end the training
-
 
 class ChunkError(ReIDError, ValueError):
     """A batch cannot be computed in as many chunks as asked for."""
@@ -40,20 +37,6 @@ class StepReport(NamedTuple):
     stop_wanted: bool  # by any rank
     skipped: int  # steps in a row, by the loss scaler of fp16
     bad_step: int  # the first one with a non-finite loss, -1 if there was none
-
-
-def not_finite(report: StepReport, heads: Sequence[str]) -> str:
-    """What is not finite and must end the training; empty if all is well."""
-    kinds = {"identity": report.identity, "triplet": report.triplet}
-    bad = [
-        f"{kind} loss of head {head}"
-        for kind, values in kinds.items()
-        for head, value in zip(heads, values)
-        if not math.isfinite(value)
-    ]
-    if bad:
-        return f"{', '.join(bad)} is not finite"
-    return f"the fp16 gradient overflowed {SKIPPED_STEPS} times in a row" if report.skipped >= SKIPPED_STEPS else ""
 
 
 class TrainStep:

@@ -15,12 +15,11 @@ from fusionreid.dataloading.records import check_batch, scarce_persons
 from fusionreid.engine.checkpoints.checkpoint import step_of
 from fusionreid.engine.checkpoints.load_model import build
 from fusionreid.engine.checkpoints.store import CheckpointStore
-from fusionreid.engine.command import Stop, lock
 from fusionreid.engine.config import Config
-from fusionreid.engine.distributed import parallel
+from fusionreid.engine.distributed import parallel, peers
 from fusionreid.engine.distributed.agreement import check_shared
 from fusionreid.engine.distributed.global_batch import check_mining
-from fusionreid.engine.evaluation.evaluator import NonFiniteError, check_cameras, evaluate, split_ids
+from fusionreid.engine.evaluation.evaluator import check_cameras, evaluate, split_ids
 from fusionreid.engine.evaluation.extract import images_of
 from fusionreid.engine.evaluation.retrieval import check_matches
 from fusionreid.engine.monitoring import manifest, memory
@@ -29,11 +28,13 @@ from fusionreid.engine.monitoring.metrics import Metrics
 from fusionreid.engine.monitoring.mfu import images_per_s_at_peak
 from fusionreid.engine.monitoring.profiler import Profiler
 from fusionreid.engine.monitoring.startup import Startup
+from fusionreid.engine.signals import Stop
+from fusionreid.engine.storage import lock
+from fusionreid.engine.training.non_finite import not_finite, refuse
 from fusionreid.engine.training.optim import Optimizer
 from fusionreid.engine.training.resume import find
 from fusionreid.engine.training.state import StateCapture, restore
-from fusionreid.engine.training.train_step import StepReport, TrainStep, not_finite
-from fusionreid.files import write_json
+from fusionreid.engine.training.train_step import StepReport, TrainStep
 from fusionreid.losses import CenterLoss
 from fusionreid.weights import load_pretrained
 
@@ -86,8 +87,6 @@ class Trainer:
         """Close logs, loader and output folder of a trainer that does not train."""
         self._opened.close()
 
-    # Set-up, in order
-
     def _open_output(self, opened: ExitStack) -> None:
         """Lock the output folder; rank 0 alone writes there, but all must see it."""
         self.store = None
@@ -134,6 +133,7 @@ class Trainer:
             restore(tensors, self.model, self.train_step, self.ranks)
             self.epoch, self.step_in_epoch, self.step = position.epoch, position.step_in_epoch, position.step
             self.evaluation_due = position.evaluation_due
+            peers.goes_on_from(self.step)
             self._say(f"resumed from {position.path}: epoch {self.epoch}, step {self.step_in_epoch}")
         self.startup.lap("resuming")
 
@@ -168,8 +168,6 @@ class Trainer:
         opened.callback(lambda: self.profiler.close(self.step))
         self.memory_before = memory.held()
         self.startup.lap("logs")
-
-    # The loop
 
     def _train_epoch(self) -> None:
         solver = self.cfg.SOLVER
@@ -215,18 +213,12 @@ class Trainer:
         self.train_step.clear()
 
     def _refuse(self, what: str, bad_step: int) -> None:
-        """Raise NonFiniteError; every rank comes here in the same step, before anything was updated or saved."""
-        first = self.step - self.step_in_epoch  # of this epoch
-        step, size = (bad_step if bad_step >= 0 else self.step - 1) - first, self.cfg.SOLVER.IMS_PER_BATCH
-        path = self.output / "non_finite.json"
-        if self.ranks.main:
-            batch = self.loader.plan(self.epoch).image[step * size : (step + 1) * size]
-            images = [self.split.train[i].path for i in batch]
-            write_json(path, {"what": what, "epoch": self.epoch, "step": step, "images": images})
-        raise NonFiniteError(
-            f"epoch {self.epoch}, step {step}: {what}; no weight was changed by it. Its images are named in {path}; "
-            "try a lower SOLVER.BASE_LR or SOLVER.PRECISION fp32"
-        )
+        """End the training; every rank comes here in the same step, before anything was updated or saved."""
+        step = (bad_step if bad_step >= 0 else self.step - 1) - (self.step - self.step_in_epoch)  # in this epoch
+        size = self.cfg.SOLVER.IMS_PER_BATCH
+        batch = self.loader.plan(self.epoch).image[step * size : (step + 1) * size]
+        images = [self.split.train[i].path for i in batch]
+        refuse(what, self.epoch, step, images, self.output / "non_finite.json", write=self.ranks.main)
 
     def _leave(self) -> None:
         """Save this very step and end as the signal asks; every rank comes here in the same step."""
@@ -236,8 +228,6 @@ class Trainer:
             self._finish_writing(last=True)
         parallel.finish()
         raise SystemExit(128 + ((self.stop and self.stop.flag) or signal.SIGTERM))
-
-    # Evaluation
 
     def _evaluate(self) -> None:
         """Evaluate the weights being saved; the best checkpoint is kept whatever comes."""
@@ -271,8 +261,6 @@ class Trainer:
         self._say(images.note)
         return images
 
-    # Checkpoints
-
     def _much_is_unsaved(self) -> bool:
         """Whether rank 0's clock says so; all ranks save together."""
         return self._any_rank(self.ranks.main and time.monotonic() - self.last_save > SAVE_SECONDS)
@@ -302,6 +290,7 @@ class Trainer:
         """Wait for the checkpoint being written, if there is one; StorageError if the `last` one is lost."""
         path = self.store.wait(last=last) if self.store is not None else None
         if path is not None:
+            peers.goes_on_from(step_of(path))
             self.metrics.event(f"step {step_of(path)}: saved {path}")
 
     def _say(self, text: str) -> None:

@@ -56,7 +56,7 @@ def what_decides(cfg: Config) -> dict[str, Any]:
         "DATASETS": {"ROOT_DIR", "ON_BAD"},
         "DATALOADER": {"NUM_WORKERS", "CACHE"},
         "SOLVER": {"CHECKPOINT_PERIOD", "EVAL_PERIOD", "LOG_PERIOD", "LOGGERS", "PROFILE"},
-        "PARALLEL": {"CHECKPOINT", "COMPILE", "GRAPH", "SHARD"},
+        "PARALLEL": {"CHECKPOINT", "COMPILE", "DETERMINISTIC", "GRAPH", "SHARD"},
     }
     values = cfg.model_dump(mode="json")
     return {f"{section}.{key}": value for section in free for key, value in values[section].items()

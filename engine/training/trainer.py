@@ -19,6 +19,7 @@ from fusionreid.engine.config import Config
 from fusionreid.engine.distributed import parallel, peers
 from fusionreid.engine.distributed.agreement import check_shared
 from fusionreid.engine.distributed.global_batch import check_mining
+from fusionreid.engine.distributed.numerics import set_numerics
 from fusionreid.engine.evaluation.evaluator import check_cameras, evaluate, split_ids
 from fusionreid.engine.evaluation.extract import images_of
 from fusionreid.engine.evaluation.retrieval import check_matches
@@ -52,6 +53,7 @@ class Trainer:
     def __init__(self, cfg: Config, startup: Startup | None = None) -> None:
         self.cfg, self.startup = cfg, startup or Startup()
         self.ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
+        set_numerics(cfg.SOLVER.PRECISION, deterministic=cfg.PARALLEL.DETERMINISTIC)
         self.output = Path(cfg.OUTPUT_DIR)
         self.stop: Stop | None = None
         self.epoch, self.step_in_epoch, self.step = 1, 0, 0

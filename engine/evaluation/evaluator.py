@@ -18,7 +18,8 @@ from fusionreid.engine.distributed import parallel
 from fusionreid.engine.distributed.parallel import Ranks
 from fusionreid.engine.evaluation import embeddings
 from fusionreid.engine.evaluation.baselines import colour_histogram
-from fusionreid.engine.evaluation.extract import NonFiniteError, check_finite, embed, images_of
+from fusionreid.engine.evaluation.extract import embed, images_of
+from fusionreid.engine.evaluation.finite import NonFiniteError, check_finite
 from fusionreid.engine.evaluation.measures import Ids, expand_queries
 from fusionreid.engine.evaluation.rerank import rerank_blocks
 from fusionreid.engine.evaluation.retrieval import Metric, Ranking, check_matches, rank, rank_blocks

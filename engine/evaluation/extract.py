@@ -17,15 +17,7 @@ from fusionreid.engine.distributed import parallel
 from fusionreid.engine.distributed.parallel import Ranks
 from fusionreid.engine.evaluation import embeddings
 from fusionreid.engine.evaluation.embeddings import Embeddings
-from fusionreid.errors import ReIDError
-
-FINITE_ROWS = 4096  # looked at at once
-
-
-class NonFiniteError(ReIDError, ArithmeticError):
-    """A loss or a feature is NaN or infinite; nothing was updated or scored with it."""
-
-    exit_code = 5
+from fusionreid.engine.evaluation.finite import check_finite
 
 
 def images_of(
@@ -114,14 +106,3 @@ def _storage(count: int, share: int, width: int, ranks: Ranks, folder: Path | No
     dist.barrier()
     first = min(ranks.rank * share, count)
     return embeddings.draft(folder, count, width, create=False)[first : min(first + share, count)]
-
-
-def check_finite(features: Tensor, records: Sequence[Record]) -> None:
-    """NonFiniteError names the images whose features are not finite."""
-    fine = torch.cat([rows.isfinite().all(1) for rows in features.split(FINITE_ROWS)]).tolist()
-    bad = [r.path for r, is_fine in zip(records, fine, strict=True) if not is_fine]
-    if bad:
-        raise NonFiniteError(
-            f"features of {len(bad)} of {len(records)} images are not finite, the first: {bad[:5]}; nothing was "
-            "scored: look at these images, or evaluate with SOLVER.PRECISION fp32"
-        )

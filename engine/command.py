@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusionreid.engine.arguments import Command, Parser, command_line, command_parser
+from fusionreid.engine.distributed import peers
 from fusionreid.engine.signals import REASONS, Signals
 from fusionreid.engine.storage import OutputFolderError
 from fusionreid.engine.text_log import FolderHandler, logging_to
@@ -111,11 +112,13 @@ def run(command: Command, argv: Sequence[str] | None = None, parser: Parser | No
             stream.reconfigure(errors="backslashreplace")  # LANG=C has no letters for many names
     options = vars((parser or command_parser(command)).parse(sys.argv[1:] if argv is None else argv))
     outcome = Outcome(command.name)
+    peers.tell_losses(lambda reason: outcome.write(peers.PeerError.exit_code, reason))
     errors = Output(sys.stderr) if sys.stderr else None
     with Signals(outcome.at_once), logging_to(errors) as file:
         output = Output(sys.stdout, file if RANK == 0 else None) if sys.stdout else None
         with redirect_stdout(output), redirect_stderr(errors):
             code, reason = _attempt(command, options, outcome, file)
+        peers.stop()
         _flush()
         outcome.write(code, reason)
     return code
@@ -178,6 +181,8 @@ def _explain(error: BaseException, cfg: "Config | None") -> tuple[int, str]:
         return 130, REASONS[130]
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code, REASONS.get(error.code, f"exit code {error.code}")
+    if lost := peers.explain(error):
+        return peers.PeerError.exit_code, lost
     if memory.ran_out(error):
         return 6, memory.advice(error, cfg)
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:

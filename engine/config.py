@@ -93,10 +93,13 @@ def _off(value: Any) -> Any:
     return "off" if value is False else value  # a bare `off` in YAML
 
 
+Exact = Annotated[Literal["auto", False, True], BeforeValidator(_word)]
+
+
 class ParallelConfig(Section):
     """How the work of a step is compiled and spread over the processes that torchrun started."""
 
-    EXACT: Switch = False  # batch norm and mining over all processes: any number of them computes what one does
+    EXACT: Exact = "auto"  # batch norm and mining over all processes, so that N compute what one does; auto: yes
     COMPILE: Annotated[Literal["auto", "off", "blocks", "whole"], BeforeValidator(_off)] = "auto"  # blocks on a GPU
     GRAPH: Switch = False  # the step as one CUDA graph: one process on a GPU, bf16 or fp32; never run on a GPU yet
     CHECKPOINT: Switch = False  # Transformer blocks and HTM layers recompute their activations: less memory, more time
@@ -149,8 +152,8 @@ class Config(Section):
             rule = f"0 or 1, since a model of one branch has one head, got {self.TEST.FEAT}"
             raise _contradiction(rule, "TEST.FEAT", "MODEL.RES_USE", "MODEL.TRANS_USE")
         dropout = self.MODEL.TRANS_USE and (self.MODEL.DROP_OUT or self.MODEL.ATT_DROP_RATE)
-        if self.PARALLEL.EXACT and dropout:
-            rule = "no where the Transformer has dropout, whose draws depend on the number of processes"
+        if self.PARALLEL.EXACT is True and dropout:
+            rule = "auto or no where the Transformer has dropout, whose draws depend on the number of processes"
             raise _contradiction(rule, "PARALLEL.EXACT", "MODEL.DROP_OUT", "MODEL.ATT_DROP_RATE")
         return self
 

@@ -27,20 +27,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def embed(cfg: "Config", *, images: Path, output: Path) -> None:
     from fusionreid.engine.distributed import parallel
     from fusionreid.engine.evaluation import embeddings
-    from fusionreid.engine.evaluation.extract import embed_images
+    from fusionreid.engine.evaluation.extract import embed_to_folder
 
     folder = output.resolve()
     embeddings.check_place(folder)
-    found = embed_images(cfg, images, folder)
-    if found is not None:
-        embeddings.finish(folder, found.features, found.records, 0, found.source)
-        print(f"{len(found.records)} images: {output}")
+    count = embed_to_folder(cfg, images, folder)
+    if command.RANK == 0:
+        print(f"{count} images: {output}")
     parallel.finish()
 
 
 def options(parser: ArgumentParser) -> None:
     what = "an image, or a folder with images in it or below it, as in crops/"
-    where = "where features.npy and index.json go, as in log/crops; replaced if it holds embeddings"
+    where = "where the vectors and index.json go, as in log/crops; replaced if it holds embeddings"
     parser.add_argument("--images", required=True, type=arguments.path, metavar="PATH", help=what)
     parser.add_argument("--output", required=True, type=arguments.path, metavar="FOLDER", help=where)
 

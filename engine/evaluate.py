@@ -29,7 +29,7 @@ def evaluate(cfg: "Config", *, baselines: bool) -> None:
     from fusionreid.engine.storage import lock
 
     with lock(Path(cfg.OUTPUT_DIR)) if command.RANK == 0 else nullcontext():
-        from fusionreid.engine.evaluation.evaluator import evaluate_checkpoint, evaluate_stored
+        from fusionreid.engine.reporting.evaluate_run import evaluate_checkpoint, evaluate_stored
 
         if cfg.TEST.EMBEDDINGS:
             evaluate_stored(cfg)

@@ -108,7 +108,7 @@ def main() -> None:
         if torch.distributed.get_rank() == 0:
             save_file({name: t.clone() for name, t in result.items()}, folder / piece["name"])
         torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    parallel.finish()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from torch import Tensor
 from fusionreid.dataloading.records import Record
 from fusionreid.errors import ReIDError
 
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 4096  # looked at, or written
 
 
 class NonFiniteError(ReIDError, ArithmeticError):

@@ -18,7 +18,8 @@ from fusionreid.dataloading.records import check_batch, scarce_persons
 from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.checkpoints.load_model import build, config_of
 from fusionreid.engine.config import Config
-from fusionreid.engine.distributed import parallel
+from fusionreid.engine.distributed import parallel, peers
+from fusionreid.engine.distributed.global_batch import check_mining
 from fusionreid.engine.evaluation.evaluator import NonFiniteError, check_cameras, evaluate, split_ids
 from fusionreid.engine.evaluation.extract import images_of
 from fusionreid.engine.evaluation.retrieval import Ranking, check_matches
@@ -95,6 +96,8 @@ class Trainer:
         self.bad_images = BadImages(cfg.DATASETS.ON_BAD, self.output, ranks.main)
         self.split = ranks.first(lambda: self.bad_images.check(read_split(cfg.DATASETS)))
         check_batch(self.split, cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE, ranks.world_size)
+        if ranks.world_size > 1 and not parallel.is_exact(cfg.PARALLEL, ranks):
+            check_mining(cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE, ranks.world_size)
         check_cameras(self.split, self.split.cameras, cfg)
         check_matches(*split_ids(self.split))
         self._say(self.split.describe())
@@ -129,6 +132,7 @@ class Trainer:
             checkpoint.compare("the configuration", what_decides(self.cfg), what_decides(config_of(state, path)))
             restore(parts, self.model, self.train_step)
             self.epoch, self.step_in_epoch, self.step = state["epoch"], state["step_in_epoch"], state["step"]
+            peers.goes_on_from(self.step)
             self._say(f"resumed from {path}: epoch {self.epoch}, step {self.step_in_epoch}")
         self.startup.lap("resuming")
 
@@ -306,6 +310,7 @@ class Trainer:
             path = checkpoint.save(folder, self.step, parts, state)
             checkpoint.purge(folder)
             self.failed_saves = 0
+            peers.goes_on_from(self.step)
             self.metrics.event(f"step {self.step}: saved {path}")
         except StorageError as error:
             self.failed_saves += 1

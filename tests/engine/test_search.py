@@ -32,8 +32,7 @@ def test_features_of_two_models_are_not_compared_in_silence(tmp_path: Path, capl
     records = Record("a.jpg", -1, -1), Record("b.jpg", -1, -1)
     for name, source in {"one": {"checkpoint": "a", "TEST": {"FEAT": 0}},
                          "two": {"checkpoint": "a", "TEST": {"FEAT": 1}}}.items():  # fmt: skip
-        rows = embeddings.draft(tmp_path / name, 2, 3, create=True).copy_(torch.eye(2, 3))
-        embeddings.finish(tmp_path / name, rows, records, 0, source)
+        embeddings.save(tmp_path / name, torch.eye(2, 3), records, 0, source)
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     assert search(["--query", one, "--gallery", one]) == 0
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
@@ -42,8 +41,8 @@ def test_features_of_two_models_are_not_compared_in_silence(tmp_path: Path, capl
 
 
 def test_a_search_of_stored_vectors_and_a_report_load_nothing_that_only_a_model_needs(tmp_path: Path) -> None:
-    rows = embeddings.draft(tmp_path / "one", 2, 3, create=True).copy_(torch.eye(2, 3))
-    embeddings.finish(tmp_path / "one", rows, (Record("a.jpg", -1, -1), Record("b.jpg", -1, -1)), 0, {})
+    records = Record("a.jpg", -1, -1), Record("b.jpg", -1, -1)
+    embeddings.save(tmp_path / "one", torch.eye(2, 3), records, 0, {})
     result = {"mAP": 0.5, "mINP": 0.5, "cmc": [0.5, 1.0], "valid_queries": 2}
     (tmp_path / "metrics.json").write_text(json.dumps({"data": "own", "results": {"FusionReID": result}}))
     (tmp_path / "run.yml").write_text("")

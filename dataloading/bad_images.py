@@ -1,7 +1,8 @@
 """DATASETS.ON_BAD: the rule for image files that cannot be used. OUTPUT_DIR/bad_images.json names them all.
 
-`error` ends the run. `skip` goes on while at most one file in a thousand is bad: in training another image of the same
-person replaces it, at the same position, so that the epoch's plan stays as it is; query and gallery lose the image.
+`error` ends the run. `skip` goes on while at most one file in a thousand is bad, or one in a smaller set: in training
+another image of the same person replaces it, at the same position, so that the epoch's plan stays as it is; query and
+gallery lose the image.
 """
 
 import json
@@ -18,7 +19,7 @@ from fusionreid.dataloading.records import PARTS, DataError, Record, Split, prin
 from fusionreid.files import locked, write_json
 
 FILE = "bad_images.json"
-TOLERATED = 1000  # one bad file in so many, with `skip`
+TOLERATED = 1000  # one bad file in so many, with `skip`; one in any set
 NAMED = 20  # in a message
 
 log = logging.getLogger(__name__)
@@ -45,20 +46,15 @@ class BadImages:
         entries = scan(split.root, [record.path for part in PARTS for record in records[part]], decode)
         faults = {path: entry.fault for path, entry in entries.items() if entry.fault}
         self.root, self.total = split.root, len(entries)
-        goes_on = self.on_bad == "skip" and len(faults) * TOLERATED <= self.total
+        goes_on = self.on_bad == "skip" and len(faults) <= self._tolerated
         replacements = _replacements(split.train, faults) if goes_on and "train" in parts else {}
+        split = replace(split, warnings=(*split.warnings, *dataset_warnings(entries, split)))
         if self.main:
-            for warning in dataset_warnings(
-                entries, {part: [record.path for record in records[part]] for part in PARTS}
-            ):
+            for warning in split.warnings:
                 log.warning("%s: %s", split.name, warning)
-            listed = [(part, position, r) for part in PARTS for position, r in enumerate(records[part])]
+            bad = [(part, i, r) for part in PARTS for i, r in enumerate(records[part]) if r.path in faults]
             self._write(
-                [
-                    (part, record.path, faults[record.path], replacements.get(position) if part == "train" else None)
-                    for part, position, record in listed
-                    if record.path in faults
-                ]
+                [(part, r.path, faults[r.path], replacements.get(i) if part == "train" else None) for part, i, r in bad]
             )
         counts = {part: sum(record.path in faults for record in records[part]) for part in parts}
         if not any(counts.values()):
@@ -71,13 +67,17 @@ class BadImages:
         note = f"bad image files left out: {', '.join(f'{count} of {part}' for part, count in counts.items())}"
         if self.main:
             log.warning("%s: %s; %s names them", split.name, note, self._list)
-        return replace(split, **used, note="; ".join(filter(None, [split.note, note])))
+        left_out = {reason: [*paths] for reason, paths in split.left_out.items()}
+        for path in sorted({record.path for part in parts for record in records[part]} & faults.keys()):
+            left_out.setdefault(f"a bad image file: {faults[path]}", []).append(path)
+        account = {reason: tuple(paths) for reason, paths in left_out.items()}
+        return replace(split, **used, left_out=account, note="; ".join(filter(None, [split.note, note])))
 
     def check_images(self, records: Sequence[Record]) -> tuple[Record, ...]:
         """Return those images of no data set that can be used, or raise DataError; no index is written."""
         faults = {record.path: fault for record in records if (fault := inspect_file(record.path).fault)}
         self.total = len(records)
-        if faults and not (self.on_bad == "skip" and len(faults) * TOLERATED <= self.total):
+        if faults and not (self.on_bad == "skip" and len(faults) <= self._tolerated):
             raise DataError(self._refusal(faults))
         if faults and self.main:
             log.warning(
@@ -97,7 +97,7 @@ class BadImages:
         log.warning(
             "cannot read the image %s: %s; %s replaces it", printable(record.path), why, printable(replacement.path)
         )
-        if count * TOLERATED > self.total:
+        if count > self._tolerated:
             raise DataError(self._refusal({record.path: why}, count))
 
     def _refusal(self, faults: Mapping[str, str], count: int = 0) -> str:
@@ -107,10 +107,14 @@ class BadImages:
         more = [f"  and {count - len(named):,} more"] if count > len(named) else []
         remedy = "replace them or take them out" + (f"; {self._list} names all" if self.folder else "")
         if self.on_bad == "skip":
-            remedy += f"; DATASETS.ON_BAD skip tolerates one file in {TOLERATED:,}"
-        elif count * TOLERATED <= self.total:
+            remedy += f"; DATASETS.ON_BAD skip tolerates one file in {TOLERATED:,}, and one in any data set"
+        elif count <= self._tolerated:
             remedy += "; or set DATASETS.ON_BAD skip"
         return "\n".join([f"{count:,} of {self.total:,} image files cannot be used:", *named, *more, remedy])
+
+    @property
+    def _tolerated(self) -> int:
+        return max(1, self.total // TOLERATED)
 
     @property
     def _list(self) -> str:

@@ -1,8 +1,8 @@
 """The INPUT, DATASETS and DATALOADER sections of the configuration."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fusionreid.schema import FolderText, Probability, Section, Text
 
@@ -33,10 +33,18 @@ class SyntheticConfig(Section):
     SIZE: Size = (128, 64)  # height, width in pixels
 
 
+def _only(value: Any) -> Any:
+    """Take the name out of a list of one, as other trainers write it."""
+    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+
+
+DataSetName = Annotated[Text, BeforeValidator(_only)]
+
+
 class DatasetsConfig(Section):
     """Which data set, and where it lies."""
 
-    NAMES: Text = "msmt17"  # market1501, dukemtmc, msmt17; own data: folder, market, csv; or synthetic
+    NAMES: DataSetName = "msmt17"  # market1501, dukemtmc, msmt17; own data: folder, market, csv; or synthetic
     ROOT_DIR: FolderText = "./data"  # folder that holds the data set
     ON_BAD: Literal["error", "skip"] = "error"  # an image file that cannot be used; skip: up to one in a thousand
     SYNTHETIC: SyntheticConfig = SyntheticConfig()

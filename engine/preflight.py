@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,7 +32,7 @@ NEEDED = ("torch", "torchvision", "timm", "triton", "numpy", "pillow", "safetens
 OPTIONAL = ("nvidia-dali-cuda130",)
 CHECKPOINTS = 3  # on disk at once: two are kept beside the one being written
 STATES = {"SGD": 1, "AdamW": 2, "Adam": 2}  # numbers an optimiser keeps for a weight
-NAME, VERDICT = 15, 7  # columns of the table
+NAME, VERDICT = 15, 9  # columns of the table
 
 T = TypeVar("T")
 
@@ -54,7 +55,7 @@ class Table:
         """Print the row of a check; its finding, or None where it met what would stop a training."""
         try:
             text, found = work()
-            self._print(name, "ok", text)
+            self._print(name, getattr(found, "verdict", "ok"), text)
             return found
         except Exception as error:
             code = getattr(error, "exit_code", 2 if isinstance(error, OSError) else None)
@@ -120,12 +121,13 @@ def _device(cfg: Config) -> tuple[str, None]:
 
 def _data_set(cfg: Config) -> tuple[str, Split]:
     split = read_split(cfg.DATASETS)
-    return split.describe(), split
+    return "\n".join([split.describe(), *(f"warning: {warning}" for warning in split.warnings)]), split
 
 
 def _image_files(cfg: Config, split: Split, whole: bool) -> tuple[str, Split]:
     rule = BadImages(cfg.DATASETS.ON_BAD, Path(cfg.OUTPUT_DIR))
-    used = rule.check(split, decode=partial(decode, size=cfg.INPUT.SIZE_TRAIN, resize=BICUBIC) if whole else None)
+    whole_decode = partial(decode, size=cfg.INPUT.SIZE_TRAIN, resize=BICUBIC) if whole else None
+    used = rule.check(replace(split, warnings=()), decode=whole_decode)  # the row above has those of the reader
     how = "decoded" if whole else "header and end read"
     note = used.note.removeprefix(split.note).removeprefix("; ")
     return "\n".join([f"{rule.total:,}: {how}", *([note] if note else [])]), used
@@ -143,14 +145,15 @@ def _batches(cfg: Config, split: Split) -> tuple[str, None]:
 
 
 def _test(cfg: Config, split: Split) -> tuple[str, None]:
-    check_cameras(split, split.cameras, cfg)
+    if split.train:
+        check_cameras(split, split.cameras, cfg)
     check_matches(*split_ids(split))
     return f"{len(split.query):,} queries in {len(split.gallery):,} images", None
 
 
 def _weights(cfg: Config, split: Split | None) -> tuple[str, FusionReID]:
     check_weights(cfg.MODEL)
-    persons, cameras = (split.num_persons, split.num_cameras) if split else (1, 1)
+    persons, cameras = (split.num_persons, split.num_cameras) if split and split.train else (1, 1)
     with torch.device("meta" if cfg.MODEL.PRETRAIN_CHOICE == "none" else "cpu"):
         model = build(cfg, persons, cameras)
     lines = [report.describe() for report in load_pretrained(model, cfg.MODEL)] or ["drawn at random"]

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusionreid.dataloading.bad_images import BadImages
+from fusionreid.dataloading.image_files import find_images
 from fusionreid.dataloading.loader import TestLoader
-from fusionreid.dataloading.records import Record, find_images
+from fusionreid.dataloading.records import Record
 from fusionreid.engine.checkpoints.load_model import find_checkpoint, restore
 from fusionreid.engine.config import Config, TestConfig
 from fusionreid.engine.distributed import parallel, peers

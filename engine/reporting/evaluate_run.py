@@ -60,7 +60,7 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
     rankings = rank_all("FusionReID", features, num_query, ids, cfg, ranks)
     if baselines:
         torch.manual_seed(cfg.SOLVER.SEED)
-        untrained = build(cfg, split.num_persons, max(trained.cameras) + 1)
+        untrained = build(cfg, max(split.num_persons, 1), max(trained.cameras) + 1)
         vectors = embed(parallel.replicate(untrained, ranks, cfg.PARALLEL), images, cameras, cfg, ranks)
         rankings["untrained"] = rank_features(vectors[:num_query], vectors[num_query:], ids, ranks)
         histograms = parallel.gather_rows(torch.from_numpy(colour_histogram(records[own_rows(len(records), ranks)])))

@@ -43,8 +43,12 @@ def test_split_counts_and_labels():
 
 
 def test_an_empty_part_is_an_error():
-    with pytest.raises(DataError, match="no images for train in /data; all three parts are needed"):
-        split_of([])
+    with pytest.raises(DataError, match="no images for query in /data; query and gallery are always needed"):
+        split_of([(1, 0)], [])
+    without_train = split_of([])
+    assert (without_train.num_persons, without_train.num_cameras, without_train.labels) == (0, 0, [])
+    with pytest.raises(DataError, match="no images for train in /data; without them it can be evaluated"):
+        check_batch(without_train, 64, 4)
 
 
 def test_check_batch():
@@ -85,7 +89,7 @@ GOOD = {
 
 BOMB = """
 import resource, sys
-from fusionreid.dataloading.records import open_file, open_image
+from fusionreid.dataloading.image_files import open_file, open_image
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sys.argv[1:]:
     try:

@@ -27,7 +27,7 @@ DISTRACTORS = 1 << 20  # persons from here on are seen once, in the gallery
 
 
 def render_person(seed: int, person: int, camera: int, image: int, size: tuple[int, int] = (128, 64)) -> np.ndarray:
-    """One picture, (height, width, 3) uint8; camera from 0."""
+    """Render one picture, (height, width, 3) uint8; camera from 0."""
     return picture(seed, person, camera, image, size)
 
 
@@ -71,7 +71,7 @@ def render_dataset(
 
 
 def _complete(root: Path, wanted: dict[str, object]) -> bool:
-    """Whether the folder holds this data set; raises when it holds something else."""
+    """Tell whether the folder holds this data set; DataError: it holds something else."""
     if not root.is_dir() or not any(root.iterdir()):
         return False
     try:
@@ -87,7 +87,7 @@ def _complete(root: Path, wanted: dict[str, object]) -> bool:
 
 
 def _pictures(persons: int, test_persons: int, cameras: int, images: int) -> Iterator[tuple[str, int, int, int, int]]:
-    """(folder, number in the file name, person, camera, image)."""
+    """Yield (folder, number in the file name, person, camera, image)."""
     train, query, gallery = market1501.PARTS.values()
     for person in range(1, persons + test_persons + 1):
         for camera in range(cameras):
@@ -99,7 +99,7 @@ def _pictures(persons: int, test_persons: int, cameras: int, images: int) -> Ite
 
 
 def read(cfg: DatasetsConfig) -> Split:
-    """The data set as configured, rendered when absent into the folder `synthetic` of DATASETS.ROOT_DIR."""
+    """Read the data set as configured, rendered when absent into the folder `synthetic` of DATASETS.ROOT_DIR."""
     made = cfg.SYNTHETIC
     try:
         root = render_dataset(

@@ -114,6 +114,8 @@ def store(
     if ranks.main:
         embeddings.begin(folder)
     peers.meet()
+    if not parallel.all_agree(embeddings.is_begun(folder)):
+        raise embeddings.not_shared(folder, "a process does not see the folder that the first one made beside it")
     file = embeddings.write_rows(folder, looked_at(), shape, (ranks.rank, ranks.world_size))
     peers.meet()  # one rank's disk may be much slower than another's
     refuse_non_finite(parallel.gather_rows(torch.cat(fine).byte()).tolist(), records)

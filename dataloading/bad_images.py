@@ -5,11 +5,10 @@ another image of the same person replaces it, at the same position, so that the 
 gallery lose the image.
 """
 
-import fcntl
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from fusionreid.dataloading.dataset_warnings import dataset_warnings
 from fusionreid.dataloading.index import inspect_file, mark_bad, reason, scan
 from fusionreid.dataloading.records import PARTS, DataError, Record, Split, printable
-from fusionreid.files import write_json
+from fusionreid.files import locked, write_json
 
 FILE = "bad_images.json"
 TOLERATED = 1000  # one bad file in so many, with `skip`; one in any set
@@ -134,21 +133,13 @@ class BadImages:
             }
             for part, path, why, other in lines
         ]
-        with _locked(self.folder):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder / f".{FILE}.lock"):  # every rank may have something to add
             if more:
                 with suppress(OSError, ValueError):
                     named = json.loads((self.folder / FILE).read_text(encoding="utf-8")) + named
             write_json(self.folder / FILE, named)
         return len({line["path"] for line in named})
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of the list: every rank may have something to add."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f".{FILE}.lock", "w") as lock:  # NFS locks only what is open for writing: no folder
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def replacement_candidates(records: Sequence[Record], position: int) -> list[int]:

@@ -70,10 +70,11 @@ def train(
     for number in steps:
         step.clear()
         step(batch(number, slice(ranks.rank * share, (ranks.rank + 1) * share), dtype), number)
-        losses.append(step.sums.clone())
+        report = step.read()
+        losses.append(torch.tensor([*report.identity, *report.triplet, report.accuracy], dtype=torch.float64))
         norms.append(optimizer.take_gradient_norm())
-        if step.average:  # as in an evaluation between two steps, which must leave no trace
-            with step.average.shown(), torch.no_grad():
+        if step.ema:  # as in an evaluation between two steps, which must leave no trace
+            with step.ema.applied(), torch.no_grad():
                 model.eval()(batch(0, slice(2), dtype).images, torch.zeros(2, dtype=torch.int64))
             parallel.reshard(model.train())
     parallel.equalise_statistics(model)
@@ -107,7 +108,7 @@ def main() -> None:
         if torch.distributed.get_rank() == 0:
             save_file({name: t.clone() for name, t in result.items()}, folder / piece["name"])
         torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    parallel.finish()
 
 
 if __name__ == "__main__":

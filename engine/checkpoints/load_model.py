@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fusionreid import FusionReID, build_model
 from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.checkpoints.checkpoint import CheckpointError
+from fusionreid.engine.checkpoints.locate import checkpoint_at
 from fusionreid.engine.config import Config, ConfigError
 from fusionreid.engine.distributed import parallel
 from fusionreid.weights import WeightsError, load_published
@@ -55,7 +56,7 @@ def find_checkpoint(cfg: Config) -> Path:
     Not by default: it is chosen by the very images that it is measured on.
     """
     if cfg.TEST.WEIGHT not in ("", "best"):
-        return Path(cfg.TEST.WEIGHT)
+        return checkpoint_at(Path(cfg.TEST.WEIGHT), Path(cfg.OUTPUT_DIR))
     folder = Path(cfg.OUTPUT_DIR) / "checkpoints"
     best = checkpoint.best(folder) if cfg.TEST.WEIGHT else None
     path = best.path if best else checkpoint.latest(folder)

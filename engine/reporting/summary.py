@@ -1,5 +1,6 @@
 """What an evaluation leaves: a table, metrics.json with intervals and details, and the report with rank lists."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,13 @@ from torch import Tensor
 
 from fusionreid.dataloading.records import Record, Split
 from fusionreid.engine.config import Config
-from fusionreid.engine.evaluation.measures import (
-    Ids,
-    bootstrap,
-    camera_pairs,
-    distance_blocks,
-    operating_points,
-    pool_queries,
-    single_gallery_shot,
-)
-from fusionreid.engine.evaluation.retrieval import Ranking, rank, top_k
+from fusionreid.engine.evaluation.measures import Ids, bootstrap
+from fusionreid.engine.evaluation.retrieval import Ranking, top_k
 from fusionreid.engine.reporting.attention import Maps, attention_sheet
 from fusionreid.engine.reporting.html import SHOWN_QUERIES, choose_queries, rank_lists
 from fusionreid.engine.reporting.runs import ATTENTION, RANK_LISTS, draw_report
 from fusionreid.files import write_json
 
-FALSE_POSITIVE_RATES = 1e-4, 1e-3, 1e-2
 SHOWN_RANKS = 1, 5, 10
 
 
@@ -50,26 +42,16 @@ def write_results(output: Path, rankings: Mapping[str, Ranking], about: Mapping[
     write_json(output / "metrics.json", {**about, "results": results})
 
 
-def details(features: Tensor, num_query: int, ids: Ids) -> dict[str, Any]:
-    """What TEST.DETAILS adds to metrics.json, thresholds also to what is printed; cameras are counted from 1."""
-    query, gallery = features[:num_query], features[num_query:]
-    pooled, persons, cameras = pool_queries(query, ids[0], ids[2])
-    multi = rank(pooled, gallery, persons, ids[1], cameras, ids[3])
-    pairs = camera_pairs(query, gallery, ids, metric="euclidean")
-    unit_length = bool(((features.norm(dim=1) - 1).abs() < 1e-3).all())
-    points = operating_points(distance_blocks(query, gallery), ids, FALSE_POSITIVE_RATES)
-    thresholds = [{**p._asdict(), **({"cosine": 1 - p.distance / 2} if unit_length else {})} for p in points]
-    for point in thresholds:
-        limit = f"cosine {point['cosine']:.3f} up" if unit_length else f"distance {point['distance'] ** 0.5:.3f} down"
+def add_details(output: Path, details: Mapping[str, Any]) -> None:
+    """Add what TEST.DETAILS asks for to metrics.json, and print the thresholds among it."""
+    for point in details["thresholds"]:
+        limit = (
+            f"cosine {point['cosine']:.3f} up" if "cosine" in point else f"distance {point['distance'] ** 0.5:.3f} down"
+        )
         print(f"the same person from {limit}: so say {100 * point['true_positive_rate']:.1f} % of the matches and at "
               f"most 1 in {1 / point['false_positive_rate']:,.0f} of all other pairs")  # fmt: skip
-    shot = single_gallery_shot(distance_blocks(query, gallery), ids)
-    return {
-        "camera_pairs": [{**p._asdict(), "query": p.query + 1, "gallery": p.gallery + 1} for p in pairs],
-        "thresholds": thresholds,
-        "single_gallery_shot": {f"Rank-{r}": shot[r - 1].item() for r in SHOWN_RANKS},
-        "multi_query": {"queries": multi.num_valid, "mAP": multi.mAP, "Rank-1": multi.cmc[0].item()},
-    }
+    results = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    write_json(output / "metrics.json", {**results, **details})
 
 
 def shown_queries(ranking: Ranking, query: Sequence[Record]) -> list[Record]:
@@ -88,7 +70,8 @@ def _precision(ranking: Ranking) -> np.ndarray:
 def show(cfg: Config, split: Split, features: Tensor, ids: Ids, ranking: Ranking, maps: Maps | None) -> None:
     """Write ranks.png and attention.png, then report.html; the rank lists are those of the ranking."""
     output, num_query = Path(cfg.OUTPUT_DIR), len(split.query)
-    distances, neighbours = top_k(features[:num_query], features[num_query:], *ids, k=10, metric="euclidean")
+    nearest = top_k(features[:num_query], features[num_query:], *ids, k=10, metric="euclidean")
+    distances, neighbours = (tensor.cpu() for tensor in nearest)
     shown = 1 - distances / 2 if cfg.TEST.FEAT_NORM else distances.sqrt()  # the cosine at unit length, else a distance
     lists = rank_lists(split.query, split.gallery, neighbours.numpy(), shown.numpy(), _precision(ranking))
     lists.save(output / RANK_LISTS)

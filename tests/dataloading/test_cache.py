@@ -1,5 +1,6 @@
 """The file of decoded images: written once, found again, replaced when anything changed, and never half."""
 
+import fcntl
 import logging
 import os
 import shutil
@@ -109,7 +110,7 @@ def test_who_may_only_read_uses_what_others_have_filled(files):
 
 def test_two_that_do_not_see_each_others_lock_write_no_common_file(files, monkeypatch):
     """As where a file system locks on each host alone: one has its draft swept away, and none a wrong file."""
-    monkeypatch.setattr(cache.fcntl, "flock", lambda *_: None)
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     inner = Fill()
 
     def fill():

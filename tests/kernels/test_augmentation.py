@@ -36,8 +36,6 @@ def first(inputs: dict[str, torch.Tensor], **changes: object) -> dict[str, objec
 )
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 33])
 def test_as_the_reference(dtype, error, size):
-    if dtype == torch.bfloat16 and _path.triton_on_cpu:
-        pytest.skip("Triton's interpreter cuts bf16 off instead of rounding")
     inputs = batch(size)
     out = augment(**inputs, dtype=dtype, **SETTINGS)
     expected = reference.augment(**inputs, dtype=torch.float64, **SETTINGS)

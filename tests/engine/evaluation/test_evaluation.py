@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,12 @@ from PIL import Image
 from fusionreid.dataloading import read_split
 from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.checkpoints.load_model import build
-from fusionreid.engine.command import lock
 from fusionreid.engine.config import load_config
 from fusionreid.engine.embed import main as embed
 from fusionreid.engine.evaluate import main as evaluate
 from fusionreid.engine.evaluation import embeddings
 from fusionreid.engine.search import main as search
+from fusionreid.engine.storage import lock
 from tests.runs import arguments, command, finish
 
 ASKED = {"TEST__RE_RANKING": "yes", "TEST__QUERY_EXPANSION": 3, "TEST__DETAILS": "yes"}
@@ -136,8 +135,7 @@ def test_bad_embeddings_are_named(
     whole = embeddings.load(evaluated / "embeddings")
 
     def stored(name: str, features: torch.Tensor, num_query: int = whole.num_query) -> Path:
-        embeddings.draft(tmp_path / name, *features.shape, create=True).copy_(features)
-        embeddings.finish(tmp_path / name, features, whole.records, num_query, {})
+        embeddings.save(tmp_path / name, features, whole.records, num_query, {})
         return tmp_path / name
 
     broken = whole.features.clone()
@@ -155,31 +153,6 @@ def test_bad_embeddings_are_named(
     assert "features 7 wide, the gallery" in capfd.readouterr().err
     assert embed(["--images", str(narrow), "--output", str(tmp_path / "x"), *arguments(data, tmp_path)]) == 2
     assert "holds no images" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"queries": -3}, {"queries": "8"}, {"queries": 999}, {"source": None}, {"persons": ["1"]}, {"paths": [1]}],
-)
-def test_an_index_that_was_edited_is_not_followed(evaluated: Path, tmp_path: Path, wrong: dict) -> None:
-    shutil.copytree(evaluated / "embeddings", tmp_path / "edited")
-    index = json.loads((tmp_path / "edited/index.json").read_text())
-    wrong = {key: value * index["rows"] if isinstance(value, list) else value for key, value in wrong.items()}
-    (tmp_path / "edited/index.json").write_text(json.dumps({**index, **wrong}))
-    with pytest.raises(embeddings.EmbeddingsError, match="holds no whole embeddings"):
-        embeddings.load(tmp_path / "edited")
-
-
-def test_embeddings_are_replaced_whole(evaluated: Path, tmp_path: Path) -> None:
-    whole, folder = embeddings.load(evaluated / "embeddings"), tmp_path / "kept"
-    for factor in (1, 2):
-        rows = embeddings.draft(folder, *whole.features.shape, create=True)
-        rows.copy_(factor * whole.features)
-        if factor == 2:
-            assert torch.equal(embeddings.load(folder).features, whole.features)
-        embeddings.finish(folder, rows, whole.records, whole.num_query, whole.source)
-    assert torch.equal(embeddings.load(folder).features, 2 * whole.features)
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 @pytest.mark.parametrize("what", ["folder", "file"])

@@ -92,7 +92,7 @@ def test_row_32_a_step_that_does_not_fit(
 
 
 def test_an_evaluation_that_does_not_fit_speaks_of_its_own_batch(tmp_path: Path, monkeypatch, capfd) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr("fusionreid.engine.training.trainer.evaluate", fail)
@@ -115,7 +115,7 @@ def test_beside_a_gpu_the_host_has_remedies_of_its_own(monkeypatch, error: Excep
         memory_reserved = staticmethod(lambda: 75 * GIB)
 
     monkeypatch.setattr(memory, "_cuda", Device)
-    text = memory.advice(error, config(128, instances=4), loaded=10 * GIB, finished_steps=3)
+    text = memory.advice(error, config(128, instances=4), phase="training", loaded=10 * GIB, finished_steps=3)
     assert text.startswith(f"out of {place} memory")
     assert ("NUM_WORKERS" in text) == (place == "host")
     if place == "GPU":  # nine tenths of a batch that did not fit by little
@@ -131,7 +131,7 @@ def test_a_record_that_is_broken_off_says_what_it_ran_out_of() -> None:
             raise RuntimeError("CUDA error: capturing stream has unjoined work")
     except RuntimeError as error:
         with pytest.raises(memory.OutOfMemory, match=r"2\.00 GiB more were asked for; training with .* try 16, by"):
-            memory.explain(error, config(32, instances=4), 0, 0)
+            memory.explain(error, "training", config(32, instances=4))
 
 
 def test_it_loads_without_torch() -> None:

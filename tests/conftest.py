@@ -66,7 +66,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     _teach_the_interpreter_bf16()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "sweep" not in config.option.markexpr:
+        items[:] = [item for item in items if item.get_closest_marker("sweep") is None]
     for item in items:
         marker = item.get_closest_marker("needs_gpu")
         if marker is not None and not HAS_GPU:

@@ -83,8 +83,8 @@ def erase_rectangles(images: Tensor, erase: Tensor, index: Tensor, *, seed: int,
         if images.numel():
             with on_device_of(images):
                 _erase[(triton.cdiv(3 * width, COLS), triton.cdiv(height, ROWS), batch)](
-                    erase.contiguous(), index, pixels, key - (key >> 63 << 64), H=height, W=width, ROWS=ROWS, COLS=COLS,
-                    num_warps=NUM_WARPS,
+                    erase.contiguous(), index.contiguous(), pixels, key - (key >> 63 << 64), H=height, W=width,
+                    ROWS=ROWS, COLS=COLS, num_warps=NUM_WARPS,
                 )  # fmt: skip
     else:
         _erase_on_cpu(pixels.flatten(2), erase, index, key)

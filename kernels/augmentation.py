@@ -199,8 +199,8 @@ def _erase(
     inside, crossed = _rectangle(erase_ptr + 4 * image, y, v, first_y, first_v, ROWS, COLS)
     if crossed:
         drawn = _drawn(erase_ptr + 4 * image, tl.load(index_ptr + image), key, y, first_v, ROWS, COLS)
-        out_ptr += image * (3 * H * W) + y * (3 * W) + v
-        tl.store(out_ptr, drawn.to(out_ptr.dtype.element_ty), mask=inside & (y < H) & (v < 3 * W))
+        at = out_ptr + image * (3 * H * W) + y * (3 * W) + v
+        tl.store(at, drawn.to(out_ptr.dtype.element_ty), mask=inside & (y < H) & (v < 3 * W))
 
 
 @triton.jit

@@ -76,7 +76,7 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
 def evaluate_stored(cfg: Config) -> None:
     """Rank the embeddings in TEST.EMBEDDINGS again: table and metrics.json in OUTPUT_DIR; no model, no images."""
     ranks = parallel.start("cpu")
-    stored = embeddings.load(Path(cfg.TEST.EMBEDDINGS))
+    stored = embeddings.load(embeddings.folder_at(Path(cfg.TEST.EMBEDDINGS)))
     ids = record_ids(stored.records, stored.num_query)
     check_matches(*ids)
     check_finite(stored.features, stored.records)

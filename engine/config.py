@@ -106,7 +106,8 @@ class ParallelConfig(Section):
     COMPILE: Annotated[Literal["auto", "off", "blocks", "whole"], BeforeValidator(_off)] = "auto"  # blocks on a GPU
     GRAPH: Switch = False  # the step as one CUDA graph: one process on a GPU, bf16 or fp32; never run on a GPU yet
     CHECKPOINT: Switch = False  # Transformer blocks and HTM layers recompute their activations: less memory, more time
-    SHARD: NonNegativeInt = 0  # processes that share one copy of the weights; 0: all; 1: each has its own
+    DETERMINISTIC: Switch = False  # the same bits in every run on a GPU too, where it costs speed
+    SHARD: NonNegativeInt = 0  # processes that share one copy of the weights; 0: those of one host; 1: each its own
 
 
 # yes: k-reciprocal with k1 20, k2 6, weight 0.3 as its paper has it; published: with 50, 15, 0.3

@@ -21,11 +21,12 @@ from fusionreid.dataloading.decode import BICUBIC, decode
 from fusionreid.dataloading.decode_workers import check_shared_memory
 from fusionreid.dataloading.records import check_batch, printable, scarce_persons
 from fusionreid.engine.checkpoints import checkpoint
+from fusionreid.engine.checkpoints.compare import compare
 from fusionreid.engine.checkpoints.load_model import build, config_of, find_checkpoint, restore
 from fusionreid.engine.config import Config
 from fusionreid.engine.evaluation.evaluator import check_cameras, split_ids
 from fusionreid.engine.evaluation.retrieval import check_matches
-from fusionreid.engine.training.trainer import what_decides
+from fusionreid.engine.training.resume import what_decides
 from fusionreid.errors import ReIDError
 from fusionreid.weights import check_weights, load_pretrained
 
@@ -169,9 +170,9 @@ def _checkpoint(cfg: Config, model: FusionReID | None) -> tuple[str, None]:
     text = f"none in {folder}: training starts anew"
     if newest := checkpoint.latest(folder):
         tensors, state = checkpoint.load(newest)
-        checkpoint.compare("the configuration", what_decides(cfg), what_decides(config_of(state, newest)))
+        compare("the configuration", what_decides(cfg), what_decides(config_of(state, newest)))
         if model is not None:
-            checkpoint.compare("the model", model.state_dict(), tensors["model"])
+            compare("the model", model.state_dict(), tensors["model"])
         text = f"training goes on from {newest}"
     if cfg.TEST.WEIGHT:
         path = find_checkpoint(cfg)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fusionreid import FusionReID, build_model
 from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.checkpoints.checkpoint import CheckpointError
+from fusionreid.engine.checkpoints.compare import compare
 from fusionreid.engine.checkpoints.locate import checkpoint_at
 from fusionreid.engine.config import Config, ConfigError
 from fusionreid.engine.distributed import parallel
@@ -36,7 +37,7 @@ def build(cfg: Config, num_classes: int, num_cameras: int) -> FusionReID:
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Fill a model, sharded or not, with whole CPU tensors; an entry too few, too many or misshaped raises."""
     own = model.state_dict()
-    checkpoint.compare("the model", own, tensors)
+    compare("the model", own, tensors)
     for name, tensor in own.items():
         parallel.local_shard(tensor).copy_(parallel.shard_like(tensors[name], tensor))
 
@@ -76,10 +77,10 @@ def restore(path: Path, cfg: Config) -> Trained:
         load_model(model, tensors["model"] | tensors.get("average", {}))  # of the weights, if one was kept
         return Trained(model, tuple(state["cameras"]), state["config"]["DATASETS"]["NAMES"])
     published = read_state(path)
-    classes = {len(t) for name, t in published.items() if re.search(r"classifier(_\d)?\.weight$", name)}
+    classes = {len(t) for name, t in published.items() if t.ndim == 2 and re.search(r"classifier(_\d)?\.weight$", name)}
     if len(classes) != 1:
         raise WeightsError(f"{path} is no trained FusionReID: it holds no classifier; name a checkpoint of one")
-    cameras = max((len(t) for name, t in published.items() if name.endswith("sie_embed")), default=1)
+    cameras = max((len(t) for name, t in published.items() if t.ndim and name.endswith("sie_embed")), default=1)
     model = build(cfg, classes.pop(), cameras)
     load_published(model, published)
     return Trained(model, tuple(range(cameras)), None)

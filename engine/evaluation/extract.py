@@ -17,6 +17,7 @@ from fusionreid.dataloading.records import Record
 from fusionreid.engine.checkpoints.load_model import find_checkpoint, restore
 from fusionreid.engine.config import Config, TestConfig
 from fusionreid.engine.distributed import parallel, peers
+from fusionreid.engine.distributed.numerics import set_numerics
 from fusionreid.engine.distributed.parallel import Ranks
 from fusionreid.engine.evaluation import embeddings
 from fusionreid.engine.evaluation.embeddings import Embeddings
@@ -113,6 +114,8 @@ def store(
     if ranks.main:
         embeddings.begin(folder)
     peers.meet()
+    if not parallel.all_agree(embeddings.is_begun(folder)):
+        raise embeddings.not_shared(folder, "a process does not see the folder that the first one made beside it")
     file = embeddings.write_rows(folder, looked_at(), shape, (ranks.rank, ranks.world_size))
     peers.meet()  # one rank's disk may be much slower than another's
     refuse_non_finite(parallel.gather_rows(torch.cat(fine).byte()).tolist(), records)
@@ -161,6 +164,7 @@ def embed_to_folder(cfg: Config, path: Path, folder: Path) -> int:
 def _model_and_images(cfg: Config, path: Path) -> tuple[nn.Module, TestLoader, dict[str, Any], Ranks]:
     """The trained model, this rank's share of the images at the path, and what `Embeddings.source` is to say."""
     ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
+    set_numerics(cfg.SOLVER.PRECISION, deterministic=cfg.PARALLEL.DETERMINISTIC)
     bad = BadImages(cfg.DATASETS.ON_BAD, main=ranks.main)
     records = ranks.once(lambda: bad.check_images(find_images(path)))
     checkpoint = find_checkpoint(cfg)

@@ -14,6 +14,7 @@ from fusionreid.dataloading.records import DataError, Split
 from fusionreid.engine.checkpoints.load_model import Trained, build, find_checkpoint, restore
 from fusionreid.engine.config import Config
 from fusionreid.engine.distributed import parallel
+from fusionreid.engine.distributed.numerics import set_numerics
 from fusionreid.engine.distributed.parallel import Ranks
 from fusionreid.engine.evaluation import embeddings
 from fusionreid.engine.evaluation.baselines import colour_histogram
@@ -41,6 +42,7 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
     folder = output / "embeddings"
     embeddings.check_place(folder)
     ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
+    set_numerics(cfg.SOLVER.PRECISION, deterministic=cfg.PARALLEL.DETERMINISTIC)
     path = find_checkpoint(cfg)
     trained = restore(path, cfg)
     bad = BadImages(cfg.DATASETS.ON_BAD, output, ranks.main)

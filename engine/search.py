@@ -1,7 +1,7 @@
 """Search a gallery: which of its images look most like each query, by the cosine of their features.
 
 `python engine/search.py --query Q --gallery G [--top 10] [--at-least COSINE] [--json FILE] [--config_file FILE]
-[KEY VALUE ...]`; each of Q and G is a folder of embeddings, as embed writes it, or a run that was evaluated, or an image
+[KEY VALUE ...]`; each of Q and G is a folder of embeddings, as embed writes it, or a run that was evaluated, an image
 or a folder of images, for which the model of the configuration is needed. An evaluation with TEST.DETAILS says which
 cosine means the same person.
 """

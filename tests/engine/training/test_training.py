@@ -1,4 +1,4 @@
-"""Whole runs through the doors: train, stop, die, go on, evaluate, on one process and on two."""
+"""Whole runs through the commands: train, stop, die, go on, evaluate, on one process and on two."""
 
 import json
 import random

@@ -1,6 +1,8 @@
-"""Our providers under pytest-benchmark, to compare commits: `pytest bench --benchmark-only --benchmark-compare`."""
+"""Our providers under pytest-benchmark, to compare commits: `pytest bench --benchmark-only --benchmark-compare`.
 
-from collections.abc import Callable
+Small shapes on a CPU, so that all cases take less than three minutes; `bench/run.py` has the sizes of real training.
+"""
+
 from importlib import import_module
 from typing import Any
 
@@ -11,15 +13,17 @@ from bench.run import SUITES
 from bench.timing import Case, Settings, check
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SETTINGS = Settings("default" if DEVICE.type == "cuda" else "quick", DEVICE)
+ROUNDS = 20
 CASES = [
     pytest.param(case, id=f"{suite}: {case.name}, {case.shape}")
     for suite in SUITES
-    for case in import_module(f"bench.suite_{suite}").cases(Settings("default", DEVICE))
+    for case in import_module(f"bench.suite_{suite}").cases(SETTINGS)
 ]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_speed(case: Case, benchmark: Callable[[Callable[[], Any]], Any]) -> None:
+def test_speed(case: Case, benchmark: Any) -> None:
     torch.manual_seed(1111)
     with case.setup() as work:
         check(case.name, work)
@@ -29,4 +33,4 @@ def test_speed(case: Case, benchmark: Callable[[Callable[[], Any]], Any]) -> Non
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
 
-        benchmark(call)
+        benchmark.pedantic(call, rounds=ROUNDS, warmup_rounds=1)

@@ -10,16 +10,20 @@ Pixels = Annotated[int, Field(ge=16, le=4096)]
 Size = tuple[Pixels, Pixels]  # height, width
 
 
+Means = tuple[Probability, Probability, Probability]
+Deviations = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+
+
 class InputConfig(Section):
     """From a decoded image to the model's input."""
 
-    SIZE_TRAIN: Size = (256, 128)  # height, width in pixels
-    SIZE_TEST: Size = (256, 128)
-    PROB: Probability = 0.5  # of a horizontal flip
-    RE_PROB: Probability = 0.5  # of random erasing
+    SIZE_TRAIN: Size = (256, 128)  # height and width of training images, in pixels
+    SIZE_TEST: Size = (256, 128)  # height and width of test images, in pixels
+    PROB: Probability = 0.5  # probability of a horizontal flip
+    RE_PROB: Probability = 0.5  # probability of random erasing
     PADDING: NonNegativeInt = 10  # black pixels on every side before the random crop
-    PIXEL_MEAN: tuple[Probability, Probability, Probability] = (0.5, 0.5, 0.5)  # red, green, blue; pixels are 0..1
-    PIXEL_STD: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5)
+    PIXEL_MEAN: Means = (0.5, 0.5, 0.5)  # mean of red, green, blue; pixels are 0..1
+    PIXEL_STD: Deviations = (0.5, 0.5, 0.5)  # standard deviation of red, green, blue
 
 
 class SyntheticConfig(Section):
@@ -29,7 +33,7 @@ class SyntheticConfig(Section):
     TEST_PERSONS: PositiveInt = 32  # identities in query and gallery, none of them in training
     CAMERAS: Annotated[int, Field(ge=2)] = 4  # a query is searched in the other cameras
     IMAGES: PositiveInt = 4  # per person and camera
-    SEED: NonNegativeInt = 0
+    SEED: NonNegativeInt = 0  # of the persons and their images
     SIZE: Size = (128, 64)  # height, width in pixels
 
 

@@ -27,6 +27,9 @@ from fusionreid.engine.config_hints import keys_like
 from fusionreid.errors import ReIDError
 from fusionreid.schema import FolderText, PathText
 
+LONGEST = 100_000  # characters of a file
+TOLD = 100  # mistakes in a message; a configuration has about as many keys
+
 
 class ConfigError(ReIDError, ValueError):
     """Every mistake of a configuration, one per line."""
@@ -45,31 +48,31 @@ Loggers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Befo
 class SolverConfig(Section):
     """Optimiser, schedule and rhythm of training."""
 
-    OPTIMIZER_NAME: Literal["SGD", "AdamW", "Adam"] = "SGD"
+    OPTIMIZER_NAME: Literal["SGD", "AdamW", "Adam"] = "SGD"  # optimiser
     OPTIMIZER_IMPL: Literal["torch", "apex"] = "torch"  # apex: NVIDIA's, to be built from its source, on a GPU
-    MAX_EPOCHS: PositiveInt = 180
+    MAX_EPOCHS: PositiveInt = 180  # epochs to train
     IMS_PER_BATCH: PositiveInt = 128  # over all processes: persons x DATALOADER.NUM_INSTANCE
-    BASE_LR: PositiveFloat = 0.005
+    BASE_LR: PositiveFloat = 0.005  # learning rate after the warm-up
     BIAS_LR_FACTOR: PositiveFloat = 2.0  # rate of biases, relative to BASE_LR
     LARGE_FC_LR: Switch = False  # classifiers learn at twice BASE_LR
-    MOMENTUM: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of SGD
-    WEIGHT_DECAY: NonNegativeFloat = 1e-4
-    WEIGHT_DECAY_BIAS: NonNegativeFloat = 1e-4
+    MOMENTUM: Annotated[float, Field(ge=0, lt=1)] = 0.9  # momentum of SGD
+    WEIGHT_DECAY: NonNegativeFloat = 1e-4  # weight decay of all but biases
+    WEIGHT_DECAY_BIAS: NonNegativeFloat = 1e-4  # weight decay of biases
     WARMUP_ITERS: NonNegativeInt = 10  # epochs of linear warm-up, before the cosine
     MARGIN: NonNegativeFloat = 0.3  # of the triplet loss where MODEL.NO_MARGIN is no
     COSINE_MARGIN: Annotated[float, Field(ge=0, lt=1)] = 0.5  # of MODEL.ID_LOSS_TYPE cosface, or in radians of arcface
     COSINE_SCALE: PositiveFloat = 30.0  # of the cosines in that loss
     CENTER_LR: PositiveFloat = 0.5  # rate of the centers where MODEL.IF_WITH_CENTER is yes
-    CENTER_LOSS_WEIGHT: NonNegativeFloat = 0.0005
+    CENTER_LOSS_WEIGHT: NonNegativeFloat = 0.0005  # weight of the center loss
     PRECISION: Literal["fp32", "bf16", "fp16"] = "bf16"  # of activations; weights are fp32, fp16 scales the loss
     TRIPLET_PRODUCTS: Literal["fp32", "amp"] = "fp32"  # amp: in PRECISION, noisy as published, for comparison
     MAX_GRAD_NORM: NonNegativeFloat = 0.0  # gradients are clipped to this norm; 0: not at all
     ACCUMULATE: PositiveInt = 1  # parts of a process's batch that are computed in turn; mining sees the whole batch
     EMA: Rate = 0.0  # decay of the moving average of the weights, which is then evaluated; 0: no average
-    SEED: Annotated[int, Field(ge=0, lt=2**32)] = 1111
-    CHECKPOINT_PERIOD: PositiveInt = 180  # epochs
-    EVAL_PERIOD: PositiveInt = 30  # epochs
-    LOG_PERIOD: PositiveInt = 100  # steps
+    SEED: Annotated[int, Field(ge=0, lt=2**32)] = 1111  # seed of weights, order and augmentation
+    CHECKPOINT_PERIOD: PositiveInt = 180  # epochs between two checkpoints
+    EVAL_PERIOD: PositiveInt = 30  # epochs between two evaluations
+    LOG_PERIOD: PositiveInt = 100  # steps between two log lines
     LOGGERS: Loggers = ("tensorboard",)  # beside metrics.jsonl: any of tensorboard, wandb, trackio
     PROFILE: NonNegativeInt = 0  # steps traced after the first ten, into OUTPUT_DIR/profile-*.json.gz; 0: none
 
@@ -104,7 +107,7 @@ class ParallelConfig(Section):
     GRAPH: Switch = False  # the step as one CUDA graph: one process on a GPU, bf16 or fp32; never run on a GPU yet
     CHECKPOINT: Switch = False  # Transformer blocks and HTM layers recompute their activations: less memory, more time
     DETERMINISTIC: Switch = False  # the same bits in every run on a GPU too, where it costs speed
-    SHARD: NonNegativeInt = 0  # processes that share one copy of the weights; 0: all; 1: each has its own
+    SHARD: NonNegativeInt = 0  # processes that share one copy of the weights; 0: those of one host; 1: each its own
 
 
 # yes: k-reciprocal with k1 20, k2 6, weight 0.3 as its paper has it; published: with 50, 15, 0.3
@@ -115,7 +118,7 @@ class TestConfig(Section):
     """What is evaluated, and how."""
 
     WEIGHT: PathText = ""  # checkpoint, or a run: its newest; empty: that of OUTPUT_DIR; best: that of the highest mAP
-    IMS_PER_BATCH: PositiveInt = 256
+    IMS_PER_BATCH: PositiveInt = 256  # test images per batch and process
     FEAT: Annotated[int, Field(ge=0, le=6)] = 0  # 0: all heads concatenated; 1..6: one of them
     NECK_FEAT: Literal["before", "after"] = "before"  # features before or after the batch norm neck
     FEAT_NORM: Switch = True  # unit length
@@ -195,7 +198,11 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     text = ""
     try:
         path = find_config(path)
-        text = path.read_text(encoding="utf-8-sig")
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read(LONGEST + 1)
+        if len(text) > LONGEST:
+            text = ""
+            problems.append(f"{path}: has over {LONGEST:,} characters, a configuration has a few thousand: not read")
     except NoSuchConfig as error:
         problems.append(str(error))
     except (OSError, ValueError) as error:
@@ -207,10 +214,13 @@ def _build(text: str, name: str, overrides: Sequence[str], problems: list[str]) 
     settings = config_yaml.read_yaml(text, name, SECTIONS, problems)
     settings |= config_yaml.read_overrides(overrides, KEYS, problems)
     unknown = [key for key in settings if key not in KEYS]
-    problems += [f"{settings[key].where}: {key}: {_unknown(key, settings.pop(key).value)}" for key in unknown]
+    where = {key: settings.pop(key) for key in unknown}
+    problems += [f"{where[key].where}: {key}: {_unknown(key, where[key].value)}" for key in unknown[:TOLD]]
     config = config_yaml.validate(Config, settings, problems)
     if problems:
-        raise ConfigError("\n".join(line if line.isprintable() else ascii(line)[1:-1] for line in problems))
+        told = [line if line.isprintable() else ascii(line)[1:-1] for line in problems[:TOLD]]
+        more = len(problems) - len(told) + len(unknown[TOLD:])
+        raise ConfigError("\n".join([*told, *([f"and {more:,} more mistakes"] if more else [])]))
     return config
 
 

@@ -16,6 +16,7 @@ from fusionreid import FusionReID
 from fusionreid.dataloading import Split, read_split
 from fusionreid.dataloading.bad_images import BadImages
 from fusionreid.dataloading.cache import free_host_memory
+from fusionreid.dataloading.dataset_warnings import few_persons
 from fusionreid.dataloading.decode import BICUBIC, decode
 from fusionreid.dataloading.decode_workers import check_shared_memory
 from fusionreid.dataloading.records import check_batch, printable, scarce_persons
@@ -145,11 +146,13 @@ def _batches(cfg: Config, split: Split) -> tuple[str, None]:
     return "\n".join(lines), None
 
 
-def _test(cfg: Config, split: Split) -> tuple[str, None]:
+def _test(cfg: Config, split: Split) -> tuple[str, Split]:
     if split.train:
         check_cameras(split, split.cameras, cfg)
     check_matches(*split_ids(split))
-    return f"{len(split.query):,} queries in {len(split.gallery):,} images", None
+    counts = f"{len(split.query):,} queries in {len(split.gallery):,} images"
+    warnings = tuple(few_persons(split))
+    return "\n".join([counts, *warnings]), replace(split, warnings=warnings, left_out={})
 
 
 def _weights(cfg: Config, split: Split | None) -> tuple[str, FusionReID]:

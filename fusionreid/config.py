@@ -19,7 +19,7 @@ class ModelConfig(Section):
     """What is built, with which weights it starts, and what its loss is made of."""
 
     DEVICE: Literal["cuda", "cpu"] = "cuda"  # cuda falls back to cpu where there is no GPU
-    LAST_STRIDE: Literal[1, 2] = 1  # of the CNN's last stage; 1 doubles the feature map
+    LAST_STRIDE: Literal[1, 2] = 1  # stride of the CNN's last stage; 1 doubles the feature map
     PRETRAIN_CHOICE: Literal["imagenet", "checkpoint", "none"] = "imagenet"  # checkpoint: fine-tune; none: random start
     PRETRAIN_PATH: PathText = ""  # where PRETRAIN_CHOICE is checkpoint: a checkpoint folder or a published .pth file
     PRETRAIN_PATH_R: PathText = "your CNN pretrained model path"  # weight file of the CNN
@@ -42,8 +42,8 @@ class ModelConfig(Section):
     NECK: Annotated[Literal["bnneck", "no"], BeforeValidator(_no)] = "bnneck"  # batch norm before the CNN's classifier
     IF_LABELSMOOTH: Switch = True  # label smoothing 0.1 in the identity loss
     ID_LOSS_TYPE: Literal["softmax", "cosface", "arcface"] = "softmax"  # the others: cosines with a margin and a scale
-    ID_LOSS_WEIGHT: NonNegativeFloat = 1.0
-    TRIPLET_LOSS_WEIGHT: NonNegativeFloat = 1.0
+    ID_LOSS_WEIGHT: NonNegativeFloat = 1.0  # weight of the identity loss
+    TRIPLET_LOSS_WEIGHT: NonNegativeFloat = 1.0  # weight of the triplet loss
     NO_MARGIN: Switch = True  # soft-margin triplet loss; no: SOLVER.MARGIN
     IF_WITH_CENTER: Switch = False  # adds the center loss, SOLVER.CENTER_LOSS_WEIGHT
 

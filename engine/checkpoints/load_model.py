@@ -77,10 +77,10 @@ def restore(path: Path, cfg: Config) -> Trained:
         load_model(model, tensors["model"] | tensors.get("average", {}))  # of the weights, if one was kept
         return Trained(model, tuple(state["cameras"]), state["config"]["DATASETS"]["NAMES"])
     published = read_state(path)
-    classes = {len(t) for name, t in published.items() if re.search(r"classifier(_\d)?\.weight$", name)}
+    classes = {len(t) for name, t in published.items() if t.ndim == 2 and re.search(r"classifier(_\d)?\.weight$", name)}
     if len(classes) != 1:
         raise WeightsError(f"{path} is no trained FusionReID: it holds no classifier; name a checkpoint of one")
-    cameras = max((len(t) for name, t in published.items() if name.endswith("sie_embed")), default=1)
+    cameras = max((len(t) for name, t in published.items() if t.ndim and name.endswith("sie_embed")), default=1)
     model = build(cfg, classes.pop(), cameras)
     load_published(model, published)
     return Trained(model, tuple(range(cameras)), None)

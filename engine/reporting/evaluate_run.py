@@ -27,7 +27,8 @@ from fusionreid.engine.evaluation.evaluator import (
     record_ids,
     split_ids,
 )
-from fusionreid.engine.evaluation.extract import ROWS_AT_ONCE, check_finite, embed, images_of, own_rows, store
+from fusionreid.engine.evaluation.extract import embed, images_of, own_rows, store
+from fusionreid.engine.evaluation.finite import ROWS_AT_ONCE, check_finite
 from fusionreid.engine.evaluation.measures import Ids
 from fusionreid.engine.evaluation.retrieval import Ranking, check_matches
 from fusionreid.engine.monitoring.manifest import describe_data

@@ -3,6 +3,7 @@
 Small shapes on a CPU, so that all cases take less than three minutes; `bench/run.py` has the sizes of real training.
 """
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -14,7 +15,6 @@ from bench.timing import Case, Settings, check
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETTINGS = Settings("default" if DEVICE.type == "cuda" else "quick", DEVICE)
-ROUNDS = 20
 CASES = [
     pytest.param(case, id=f"{suite}: {case.name}, {case.shape}")
     for suite in SUITES
@@ -23,7 +23,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_speed(case: Case, benchmark: Any) -> None:
+def test_speed(case: Case, benchmark: Callable[[Callable[[], Any]], Any]) -> None:
     torch.manual_seed(1111)
     with case.setup() as work:
         check(case.name, work)
@@ -33,4 +33,4 @@ def test_speed(case: Case, benchmark: Any) -> None:
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
 
-        benchmark.pedantic(call, rounds=ROUNDS, warmup_rounds=1)
+        benchmark(call)

@@ -19,6 +19,9 @@ test: .venv/installed  ## some eight minutes on two cores without a GPU
 sanitize: .venv/installed  ## every Triton kernel as compiled for sm_90, executed on the CPU in fp32, fp16 and bf16
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/sanitize -m sanitize --numprocesses 2
 
+sweep: .venv/installed  ## thousands of random sequences and injected faults; up to an hour
+	$(BIN)/python -m pytest -m sweep
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

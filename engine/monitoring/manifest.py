@@ -77,7 +77,7 @@ def _describe(cfg: Config, split: Split, device: "torch.device", ranks: int) -> 
 
 
 def describe_data(split: Split) -> dict[str, Any]:
-    """Counts by part, and a digest of each image's part, name in the data set, size, person and camera."""
+    """Count images by part, and digest each image's part, name in the data set, size, person and camera."""
     digest, folder = hashlib.blake2b(digest_size=16), f"{split.root}{os.sep}"
     parts: dict[str, dict[str, int]] = {}
     for part in PARTS:
@@ -102,7 +102,7 @@ def _size(path: str) -> int:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what computes; None: not installed."""
+    """Versions of the packages that compute; None: not installed."""
     import torch
 
     found: dict[str, str | None] = {"python": platform.python_version()}
@@ -115,7 +115,7 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """Of this source, with -dirty if a file of it differs; None where it is no repository of its own."""
+    """Commit of this source, with -dirty if a file of it differs; None where it is no repository of its own."""
     if not (ROOT / ".git").exists():
         return None
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -139,7 +139,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested keys as dotted ones."""
+    """Flatten nested keys to dotted ones."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{key}.")

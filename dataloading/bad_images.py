@@ -1,14 +1,14 @@
 """DATASETS.ON_BAD: the rule for image files that cannot be used. OUTPUT_DIR/bad_images.json names them all.
 
-`error` ends the run. `skip` goes on while at most one file in a thousand is bad: in training another image of the same
-person replaces it, at the same position, so that the epoch's plan stays as it is; query and gallery lose the image.
+`error` ends the run. `skip` goes on while at most one file in a thousand is bad, or one in a smaller set: in training
+another image of the same person replaces it, at the same position, so that the epoch's plan stays as it is; query and
+gallery lose the image.
 """
 
-import fcntl
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from typing import Any
 from fusionreid.dataloading.dataset_warnings import dataset_warnings
 from fusionreid.dataloading.index import inspect_file, mark_bad, reason, scan
 from fusionreid.dataloading.records import PARTS, DataError, Record, Split, printable
-from fusionreid.files import write_json
+from fusionreid.files import locked, write_json
 
 FILE = "bad_images.json"
-TOLERATED = 1000  # one bad file in so many, with `skip`
+TOLERATED = 1000  # one bad file in so many, with `skip`; one in any set
 NAMED = 20  # in a message
 
 log = logging.getLogger(__name__)
@@ -46,20 +46,15 @@ class BadImages:
         entries = scan(split.root, [record.path for part in PARTS for record in records[part]], decode)
         faults = {path: entry.fault for path, entry in entries.items() if entry.fault}
         self.root, self.total = split.root, len(entries)
-        goes_on = self.on_bad == "skip" and len(faults) * TOLERATED <= self.total
+        goes_on = self.on_bad == "skip" and len(faults) <= self._tolerated
         replacements = _replacements(split.train, faults) if goes_on and "train" in parts else {}
+        split = replace(split, warnings=(*split.warnings, *dataset_warnings(entries, split)))
         if self.main:
-            for warning in dataset_warnings(
-                entries, {part: [record.path for record in records[part]] for part in PARTS}
-            ):
+            for warning in split.warnings:
                 log.warning("%s: %s", split.name, warning)
-            listed = [(part, position, r) for part in PARTS for position, r in enumerate(records[part])]
+            bad = [(part, i, r) for part in PARTS for i, r in enumerate(records[part]) if r.path in faults]
             self._write(
-                [
-                    (part, record.path, faults[record.path], replacements.get(position) if part == "train" else None)
-                    for part, position, record in listed
-                    if record.path in faults
-                ]
+                [(part, r.path, faults[r.path], replacements.get(i) if part == "train" else None) for part, i, r in bad]
             )
         counts = {part: sum(record.path in faults for record in records[part]) for part in parts}
         if not any(counts.values()):
@@ -72,13 +67,17 @@ class BadImages:
         note = f"bad image files left out: {', '.join(f'{count} of {part}' for part, count in counts.items())}"
         if self.main:
             log.warning("%s: %s; %s names them", split.name, note, self._list)
-        return replace(split, **used, note="; ".join(filter(None, [split.note, note])))
+        left_out = {reason: [*paths] for reason, paths in split.left_out.items()}
+        for path in sorted({record.path for part in parts for record in records[part]} & faults.keys()):
+            left_out.setdefault(f"a bad image file: {faults[path]}", []).append(path)
+        account = {reason: tuple(paths) for reason, paths in left_out.items()}
+        return replace(split, **used, left_out=account, note="; ".join(filter(None, [split.note, note])))
 
     def check_images(self, records: Sequence[Record]) -> tuple[Record, ...]:
         """Return those images of no data set that can be used, or raise DataError; no index is written."""
         faults = {record.path: fault for record in records if (fault := inspect_file(record.path).fault)}
         self.total = len(records)
-        if faults and not (self.on_bad == "skip" and len(faults) * TOLERATED <= self.total):
+        if faults and not (self.on_bad == "skip" and len(faults) <= self._tolerated):
             raise DataError(self._refusal(faults))
         if faults and self.main:
             log.warning(
@@ -98,7 +97,7 @@ class BadImages:
         log.warning(
             "cannot read the image %s: %s; %s replaces it", printable(record.path), why, printable(replacement.path)
         )
-        if count * TOLERATED > self.total:
+        if count > self._tolerated:
             raise DataError(self._refusal({record.path: why}, count))
 
     def _refusal(self, faults: Mapping[str, str], count: int = 0) -> str:
@@ -108,10 +107,14 @@ class BadImages:
         more = [f"  and {count - len(named):,} more"] if count > len(named) else []
         remedy = "replace them or take them out" + (f"; {self._list} names all" if self.folder else "")
         if self.on_bad == "skip":
-            remedy += f"; DATASETS.ON_BAD skip tolerates one file in {TOLERATED:,}"
-        elif count * TOLERATED <= self.total:
+            remedy += f"; DATASETS.ON_BAD skip tolerates one file in {TOLERATED:,}, and one in any data set"
+        elif count <= self._tolerated:
             remedy += "; or set DATASETS.ON_BAD skip"
         return "\n".join([f"{count:,} of {self.total:,} image files cannot be used:", *named, *more, remedy])
+
+    @property
+    def _tolerated(self) -> int:
+        return max(1, self.total // TOLERATED)
 
     @property
     def _list(self) -> str:
@@ -130,21 +133,13 @@ class BadImages:
             }
             for part, path, why, other in lines
         ]
-        with _locked(self.folder):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder / f".{FILE}.lock"):  # every rank may have something to add
             if more:
                 with suppress(OSError, ValueError):
                     named = json.loads((self.folder / FILE).read_text(encoding="utf-8")) + named
             write_json(self.folder / FILE, named)
         return len({line["path"] for line in named})
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of the list: every rank may have something to add."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f".{FILE}.lock", "w") as lock:  # NFS locks only what is open for writing: no folder
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def replacement_candidates(records: Sequence[Record], position: int) -> list[int]:

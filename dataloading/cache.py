@@ -1,6 +1,5 @@
 """Cache of decoded images: one file beside the data set, mapped into memory or copied to the GPU."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fusionreid.dataloading.records import printable
-from fusionreid.files import atomic_write, remove_drafts
+from fusionreid.files import atomic_write, locked, remove_drafts
 
 DEVICE_SHARE, HOST_SHARE = 0.25, 0.5  # of the memory now free: activations, workers and other users need the rest
 Place = Literal["device", "host", "none"]
@@ -84,8 +83,7 @@ def load_or_fill(
     if (images := _map(file, digest)) is not None or fill is None:
         return images
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # free again as soon as its owner has ended, however
+    with locked(file.with_suffix(".lock")):
         images = _map(file, digest)
         if images is None:
             images = _map(file, _write(file, (len(paths), *size, 3), what, marks, fill()))

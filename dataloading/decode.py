@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from fusionreid.dataloading.records import DataError, open_image, printable, read_file
+from fusionreid.dataloading.image_files import open_image, read_file
+from fusionreid.dataloading.records import DataError, printable
 
 Filter = Literal["bicubic", "bilinear"]
 BICUBIC: Filter = "bicubic"  # training

@@ -1,12 +1,13 @@
 """Decode workers: forked from a server that has loaded torch and torchvision once, for all of them.
 
-Ctrl-C and a scheduler's stop reach the whole process group. The server and its workers are deaf to both, so that the
+Ctrl-C and a scheduler's stop reach the whole process group. The server and its workers block them, so that the
 main process can finish its step; it ends them, or they end when it dies.
 """
 
 import atexit
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import weakref
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,28 @@ from torch.utils.data import DataLoader, Dataset, default_convert
 
 from fusionreid.dataloading.decode import BATCHES_AHEAD, Filter, decode_batch  # takes seconds to import, once
 from fusionreid.dataloading.records import DataError
+from fusionreid.errors import ReIDError
+
+SHARED = Path("/dev/shm")
+
+
+class NoRoomForBatchesError(ReIDError, ValueError):
+    """Shared memory has no room for the batches that decode workers pass on through it."""
+
+    exit_code = 6
+
+
+def check_shared_memory(num_workers: int, batch_bytes: int, num_batches: int | None = None) -> str:
+    """Say what the workers need and what there is. NoRoomForBatchesError: with too little they would die or hang."""
+    ahead = num_workers * BATCHES_AHEAD
+    needed = batch_bytes * (ahead if num_batches is None else min(ahead, num_batches))
+    if not needed or not SHARED.is_dir():
+        return "decoding needs no shared memory"
+    free = shutil.disk_usage(SHARED).free
+    text = f"{free * 1e-9:.2f} GB free in {SHARED}, {num_workers} decode workers need {needed * 1e-9:.2f} GB"
+    if free < needed:
+        raise NoRoomForBatchesError(f"{text}: enlarge it (docker run --shm-size), or set DATALOADER.NUM_WORKERS lower")
+    return text
 
 
 class _Files(Dataset[Tensor]):
@@ -55,7 +79,7 @@ class DecodeWorkers:
         pin: bool = False,
     ) -> None:
         """Start no process yet; `fallback` decodes, in the main process, a batch with a file that cannot be read."""
-        self._fallback = fallback
+        self._fallback, self._size = fallback, size
         self._batches: list[np.ndarray] = []  # read by the DataLoader whenever it is iterated anew
         self._loader = DataLoader(
             _Files(paths, size, resize),
@@ -77,6 +101,10 @@ class DecodeWorkers:
         if self._closed:
             raise RuntimeError("the loader is closed")
         self._batches[:] = batches
+        if self._end is None and batches:
+            height, width = self._size
+            largest = 3 * height * width * max(map(len, batches))
+            check_shared_memory(self._loader.num_workers, largest, len(batches))
         with _pipes():
             pixels: Any = iter(self._loader)
         if self._end is None and self._loader.num_workers:
@@ -112,7 +140,7 @@ def fork_server() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fusionreid.dataloading.decode_workers"])
     resource_tracker.ensure_running()  # first: starting it lifts the block
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
     try:
         forkserver.ensure_running()  # inherits the block, and passes it on: no instant in which a signal gets through
     finally:

@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from fusionreid.dataloading.records import open_file, open_image
+from fusionreid.dataloading.image_files import open_file, open_image
 from fusionreid.files import atomic_write
 
 FILE = ".fusionreid-index.json"
-FORMAT = b"index 1"  # another format: the file is written anew
+FORMAT = b"index 2"  # another format: the file is written anew
 CHUNK = 64  # files a thread takes at a time
+ORIENTATION = 0x0112  # EXIF tag
 SAMPLE = 4096  # bytes at each end that go into the fingerprint
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
@@ -31,6 +32,7 @@ class Entry(NamedTuple):
     width: int = 0
     height: int = 0
     multi_frame: bool = False  # the first frame is used
+    turned: bool = False  # its EXIF data ask for it to be shown turned; it is not
     fingerprint: str = ""  # of size, first and last bytes
     fault: str = ""
     lasting: bool = True  # while size and time stay the same; what a disk says may pass
@@ -112,12 +114,12 @@ def inspect_file(path: str) -> Entry:
             if not start:
                 raise ValueError("empty file")
             image = open_image(file)
-            multi_frame = _has_frames(image)
+            multi_frame, turned = _has_frames(image), _is_turned(image)
             if not _is_whole(image.format or "", start, end, size):
                 image.convert("RGB")
         width, height = image.size
         fingerprint = hashlib.blake2b(b"%d%b%b" % (size, start, end), digest_size=6).hexdigest()
-        return Entry(size, modified, image.format or "", width, height, multi_frame, fingerprint)
+        return Entry(size, modified, image.format or "", width, height, multi_frame, turned, fingerprint)
     except Exception as error:  # decoders raise whatever a broken file leads them to
         lasting = getattr(error, "errno", None) is None and size >= 0
         return Entry(size, modified, fault=reason(error), lasting=lasting)
@@ -134,6 +136,15 @@ def _has_frames(image: Image.Image) -> bool:
         return bool(getattr(image, "is_animated", False))
     except Exception:  # a later frame is broken: the first one counts
         return True
+
+
+def _is_turned(image: Image.Image) -> bool:
+    if "exif" not in image.info:
+        return False
+    try:
+        return image.getexif().get(ORIENTATION, 1) not in (0, 1)
+    except Exception:  # broken EXIF data, which nothing else reads
+        return False
 
 
 def _is_whole(image_format: str, start: bytes, end: bytes, size: int) -> bool:

@@ -9,3 +9,9 @@ class ReIDError(Exception):
     """
 
     exit_code = 2
+
+
+class StorageError(ReIDError, OSError):
+    """The disk did not take what was to be kept; what was there before is untouched."""
+
+    exit_code = 4

@@ -1,11 +1,21 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and locks that end with their owner."""
 
+import errno
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP  # what a file system without locks answers
+
+log = logging.getLogger(__name__)
+
+
+class InUseError(OSError):
+    """Another process holds a lock."""
 
 
 @contextmanager
@@ -37,3 +47,29 @@ def remove_drafts(path: Path) -> None:
     """Remove what killed processes left of `path`; for whoever holds the lock of that file."""
     for draft in path.parent.glob(f".{path.name}.*.partial"):
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock file `path`, which stays there. The end of a process, however it comes, frees the lock.
+
+    InUseError: without `wait`, another process holds it. OSError: the file cannot be made. On a file system without
+    locks a warning says so and the block runs unprotected.
+    """
+    from filelock import FileLock, Timeout  # 0.1 s, which no help text needs
+
+    lock = FileLock(path, timeout=-1 if wait else 0, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InUseError(f"{path} is held by another process") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        log.warning(
+            "%s: this file system has no locks (%s): nothing keeps a second process out", path.parent, error.strerror
+        )
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,10 +1,13 @@
 """What the sections of the configuration are made of."""
 
+from os.path import expanduser
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[str, AfterValidator(expanduser)]  # relative ones start where the command runs
+FolderText = Annotated[Text, AfterValidator(expanduser)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 

@@ -13,7 +13,7 @@ HAS_GPU = torch.cuda.is_available()
 if HAS_GPU:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else a deterministic product is an error there
 else:
-    os.environ["TRITON_INTERPRET"] = "1"  # read once, when a kernel is first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when a kernel is first imported
 
 import pytest  # noqa: E402
 import triton.language as tl  # noqa: E402
@@ -44,18 +44,31 @@ def _refuses_bf16(name: str) -> Callable[..., TensorHandle]:
 
 
 def _teach_the_interpreter_bf16() -> None:
-    """It keeps bf16 as uint16 and computes with these bits: products take float32 operands instead, the rest raises."""
-    dot = InterpreterBuilder.create_dot
+    """Make it round to bf16, as a GPU does, and multiply in float32; other arithmetic in bf16 is an error.
+
+    It keeps bf16 as uint16, computes with these bits, and drops those of a float32 that do not fit.
+    """
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def rounded(self: InterpreterBuilder, operand: TensorHandle, dtype: tl.dtype) -> TensorHandle:
+        if (operand.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, operand, dtype)
+        bits = torch.from_numpy(np.ascontiguousarray(operand.data)).bfloat16().view(torch.uint16).numpy()
+        return TensorHandle(bits, tl.bfloat16)
+
     InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, _widened(a), _widened(b), *rest)
+    InterpreterBuilder.cast_impl = rounded
     for name in ("unary_op", "binary_op", "ternary_op", "create_fma", "create_fabs"):
         setattr(InterpreterBuilder, name, _refuses_bf16(name))
 
 
-if not HAS_GPU:
+if os.environ.get("TRITON_INTERPRET") == "1":
     _teach_the_interpreter_bf16()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "sweep" not in config.option.markexpr:
+        items[:] = [item for item in items if item.get_closest_marker("sweep") is None]
     for item in items:
         marker = item.get_closest_marker("needs_gpu")
         if marker is not None and not HAS_GPU:

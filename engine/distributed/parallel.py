@@ -130,15 +130,26 @@ def cpu_has_bf16() -> bool:
     return has
 
 
-def shard(model: Model, ranks: Ranks, cfg: ParallelConfig = UNCOMPILED) -> Model:
-    """What PARALLEL asks for, in the one order that works: batch norms, checkpointing, compile, FSDP2.
+def is_exact(cfg: ParallelConfig, ranks: Ranks) -> bool:
+    """Whether batch norm and mining span all processes: PARALLEL.EXACT auto or yes, and more than one process."""
+    return cfg.EXACT is not False and ranks.world_size > 1
 
-    FSDP2 is there at every world size. Parameters stay gathered between forward and backward: a model of this size
-    fits, and one gather is saved. A mesh of two dimensions, where SHARD is not all processes, is HSDP.
+
+def shard(model: Model, ranks: Ranks, cfg: ParallelConfig = UNCOMPILED) -> Model:
+    """Apply what PARALLEL asks for, in the one order that works: batch norms, checkpointing, compile, FSDP2.
+
+    One process is not wrapped: FSDP2 would copy every parameter and gradient in each step. Parameters stay gathered
+    between forward and backward: a model of this size fits, and one gather is saved. A mesh of two dimensions, where
+    SHARD is not all processes, is HSDP.
     """
-    if cfg.EXACT and ranks.world_size > 1:
+    if is_exact(cfg, ranks):
         synchronise_norms(model)
+    if ranks.world_size == 1 and ranks.device.type == "cuda":
+        model.to(memory_format=torch.channels_last)
     compile_parts(model, cfg, ranks.device)
+    if ranks.world_size == 1:
+        _check_share(ranks, cfg.SHARD)
+        return model
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes into an output
     mesh = _mesh(ranks, cfg.SHARD)
     for part in (*(blocks(model) if cfg.COMPILE != "whole" else ()), model):  # a whole graph has no place for gathers
@@ -158,10 +169,14 @@ def _mesh(ranks: Ranks, share: int) -> DeviceMesh:
     share = share or _processes_per_node(ranks.world_size)
     if share == ranks.world_size:
         return ranks.mesh
-    if ranks.world_size % share:
-        raise DeviceError(f"PARALLEL.SHARD must divide the {ranks.world_size} processes, got {share}")
+    _check_share(ranks, share)
     shape = ranks.world_size // share, share
     return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _check_share(ranks: Ranks, share: int) -> None:
+    if share and ranks.world_size % share:
+        raise DeviceError(f"PARALLEL.SHARD must divide the {ranks.world_size} processes, got {share}")
 
 
 def _processes_per_node(world_size: int) -> int:
@@ -185,10 +200,15 @@ def shards_of(tensor: Tensor) -> int:
 
 
 def full_tensor(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """The whole of a sharded tensor on the CPU; `like` lends its sharding to a plain local shard. All ranks call it."""
-    if isinstance(like, DTensor) and tensor.ndim == like.ndim and tensor.ndim > 0:
+    """Gather a sharded tensor on the CPU; `like` lends its sharding to a plain local shard. All ranks call it."""
+    return gather(tensor, like).cpu()
+
+
+def gather(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """Gather a sharded tensor on the device, as `full_tensor` does on the CPU."""
+    if isinstance(like, DTensor) and not isinstance(tensor, DTensor) and tensor.ndim == like.ndim and tensor.ndim > 0:
         tensor = DTensor.from_local(tensor, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:

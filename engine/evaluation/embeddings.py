@@ -24,9 +24,9 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationEr
 from pydantic_core import from_json
 from torch import Tensor
 
-from fusionreid.dataloading.records import Record, open_file, printable, read_file
-from fusionreid.engine.command import OutputFolderError
-from fusionreid.engine.storage import StorageError
+from fusionreid.dataloading.image_files import open_file, read_file
+from fusionreid.dataloading.records import Record, printable
+from fusionreid.engine.storage import OutputFolderError, StorageError
 from fusionreid.errors import ReIDError
 from fusionreid.files import atomic_write
 

@@ -11,15 +11,16 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
-
-import torch
 
 from fusionreid.dataloading import Split
 from fusionreid.dataloading.records import PARTS
 from fusionreid.engine.config import Config
 from fusionreid.files import write_json
+
+if TYPE_CHECKING:
+    import torch
 
 FILE = "manifest.json"
 PACKAGES = ("fusionreid", "torch", "torchvision", "triton", "timm", "numpy")
@@ -37,7 +38,7 @@ class Recorded(NamedTuple):
     note: str
 
 
-def record(output: Path, cfg: Config, split: Split, device: torch.device, ranks: int, step: int) -> Recorded:
+def record(output: Path, cfg: Config, split: Split, device: "torch.device", ranks: int, step: int) -> Recorded:
     """Write the manifest of a start after `step` steps; earlier starts of the run stay in it, as what was different."""
     path = output / FILE
     new = json.loads(json.dumps(_describe(cfg, split, device, ranks)))
@@ -57,12 +58,17 @@ def record(output: Path, cfg: Config, split: Split, device: torch.device, ranks:
     return Recorded(run, note)
 
 
-def _describe(cfg: Config, split: Split, device: torch.device, ranks: int) -> dict[str, Any]:
+def _describe(cfg: Config, split: Split, device: "torch.device", ranks: int) -> dict[str, Any]:
+    import torch
+
+    from fusionreid.engine.distributed.numerics import describe_numerics
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "commit": commit(),
         "versions": versions(),
         "precision": cfg.SOLVER.PRECISION,
+        "numerics": describe_numerics(),
         "device": name,
         "ranks": ranks,
         "data": describe_data(split),
@@ -97,6 +103,8 @@ def _size(path: str) -> int:
 
 def versions() -> dict[str, str | None]:
     """Of what computes; None: not installed."""
+    import torch
+
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

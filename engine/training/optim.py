@@ -139,13 +139,16 @@ class Optimizer:
         return state
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave, as local shards."""
+        """Restore what `state` returned, as local shards."""
         for entry, value in state.items():
             name, what = entry.rsplit("/", 1)
             if name == "scaler":
                 continue
-            own = self.torch.state[self.shards[name]]
-            own[what] = own[what].copy_(value) if what in own else value
+            shard = self.shards[name]
+            own = self.torch.state[shard]
+            if what not in own:  # laid out in memory as the weight is: a fused step reads both in that order
+                own[what] = torch.empty_like(shard, dtype=value.dtype) if value.shape == shard.shape else value
+            own[what].copy_(value)
         if self.scaler.is_enabled() and "scaler/scale" in state:
             scaler = self.scaler.state_dict()
             scaler["scale"], scaler["_growth_tracker"] = (

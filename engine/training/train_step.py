@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -49,10 +49,10 @@ class TrainStep:
     """
 
     def __init__(
-        self, model: FSDPModule, optimizer: Optimizer, cfg: Config, ranks: Ranks, center_loss: CenterLoss | None = None
+        self, model: nn.Module, optimizer: Optimizer, cfg: Config, ranks: Ranks, center_loss: CenterLoss | None = None
     ) -> None:
         self.model, self.optimizer, self.cfg, self.ranks, self.center_loss = model, optimizer, cfg, ranks, center_loss
-        self.exact = cfg.PARALLEL.EXACT and ranks.world_size > 1
+        self.exact = parallel.is_exact(cfg.PARALLEL, ranks)
         self.ema = EMA(model, cfg.SOLVER.EMA) if cfg.SOLVER.EMA else None
         self.loss_options = loss_options(cfg, center_loss)
         self.heads = head_names(cfg.MODEL.RES_USE, cfg.MODEL.TRANS_USE)
@@ -139,8 +139,9 @@ class TrainStep:
         """Pass the gradient of the embeddings on to the weights, chunk by chunk; ranks add it up at the last one."""
         for number, chunk in enumerate(self.chunks):
             last = number == len(self.chunks) - 1
-            self.model.set_requires_gradient_sync(last)
-            self.model.set_reshard_after_backward(last)
+            if isinstance(self.model, FSDPModule):
+                self.model.set_requires_gradient_sync(last)
+                self.model.set_reshard_after_backward(last)
             if number == 0:
                 torch.manual_seed(self.seed)
             pack(self._forward(images, cameras, number)).backward(gradient[chunk])
@@ -171,7 +172,7 @@ def unpack(packed: Tensor, like: Outputs) -> Outputs:
 
 
 @contextmanager
-def frozen_statistics(model: FSDPModule) -> Iterator[None]:
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Context manager: batch norm still normalises by the batch, but its running statistics stay."""
     norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
     for norm in norms:

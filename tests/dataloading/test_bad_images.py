@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fusionreid.dataloading import DataError, Record, Split
 from fusionreid.dataloading.bad_images import FILE, BadImages, replacement_candidates
@@ -31,6 +32,10 @@ def make_split(tmp_path: Path) -> Split:
 @pytest.fixture
 def split(tmp_path: Path) -> Split:
     return make_split(tmp_path)
+
+
+def images(split: Split) -> tuple[tuple[Record, ...], ...]:
+    return split.train, split.query, split.gallery
 
 
 def spoil(record: Record, data: bytes = JPEG[:-9]) -> str:
@@ -64,7 +69,7 @@ def test_error_ends_the_run_with_the_list(split, tmp_path):
 
 def test_skip_replaces_a_bad_image_by_another_of_the_same_person(split, tmp_path, caplog):
     bad = BadImages("skip", tmp_path)
-    assert bad.check(split) is split
+    assert images(bad.check(split)) == images(split)
     assert not (tmp_path / "bad_images.json").exists()
     spoil(split.train[3])
     spoil(split.gallery[7])
@@ -79,14 +84,16 @@ def test_skip_replaces_a_bad_image_by_another_of_the_same_person(split, tmp_path
     with pytest.raises(DataError, match=r"or set DATASETS.ON_BAD skip$"):
         BadImages("error").check(split)
     spoil(split.query[0])
-    with pytest.raises(DataError, match=r"^3 of 2,000(?s:.)*skip tolerates one file in 1,000$"):
+    with pytest.raises(
+        DataError, match=r"^3 of 2,000(?s:.)*skip tolerates one file in 1,000, and one in any data set$"
+    ):
         bad.check(split)
 
 
 def test_evaluation_asks_for_query_and_gallery_only(split, tmp_path):
     spoil(split.train[3])
     strict, lenient = BadImages("error", tmp_path), BadImages("skip", tmp_path)
-    assert strict.check(split, ("query", "gallery")) is split
+    assert images(strict.check(split, ("query", "gallery"))) == images(split)
     path = spoil(split.query[7])
     with pytest.raises(DataError, match=f"^2 of 2,000(?s:.)*{path}: image file is truncated"):
         strict.check(split, ("query", "gallery"))
@@ -95,7 +102,7 @@ def test_evaluation_asks_for_query_and_gallery_only(split, tmp_path):
     assert [line["path"] for line in listed(tmp_path)] == [split.train[3].path, path]
     spoil(split.query[7], image_bytes())
     spoil(split.train[3], image_bytes())
-    assert strict.check(split) is split
+    assert images(strict.check(split)) == images(split)
     assert listed(tmp_path) == []
 
 
@@ -167,3 +174,40 @@ def test_a_file_is_named_where_only_what_is_open_for_writing_can_be_locked(tmp_p
     rule = BadImages("skip", tmp_path, total=100_000)
     rule.report_late(Record("/a.jpg", 1, 0), ValueError("x"), Record("/other.jpg", 1, 0))
     assert [line["path"] for line in listed(tmp_path)] == ["/a.jpg"]
+
+
+def test_one_bad_file_is_skipped_in_a_small_set_too(split, tmp_path):
+    small = Split("own", split.root, split.train[:16] * 2, split.query[:8], split.gallery[:8])
+    spoil(split.query[3])
+    used = BadImages("skip", tmp_path).check(small)
+    assert used.query == (*split.query[:3], *split.query[4:8])
+    assert used.left_out == {
+        "a bad image file: image file is truncated (147 bytes not processed)": (split.query[3].path,)
+    }
+    assert used.found == 32
+    spoil(split.query[4])
+    with pytest.raises(DataError, match="2 of 32 image files cannot be used"):
+        BadImages("skip", tmp_path).check(small)
+
+
+def test_the_same_bytes_twice_in_one_part_are_told(tmp_path):
+    paths = {name: tmp_path / f"{name}.png" for name in ("a", "b", "c", "d", "e")}
+    for number, path in enumerate(paths.values()):
+        path.write_bytes(image_bytes("PNG", (8 + number % 3, 16)))  # a = d, b = e
+    a, b, c, d, e = (Record(str(path), person, 0) for path, person in zip(paths.values(), (1, 2, 3, 1, 3), strict=True))
+    split = Split("own", str(tmp_path), (a, b, d, e), (c,), (c,), person_names={2: "bob", 3: "carl"})
+    warnings = BadImages(folder=tmp_path).check(split).warnings
+    assert f"1 images in train are given to two persons, byte for byte: {b.path} (bob) = {e.path} (carl)" in warnings[0]
+    assert warnings[1] == f"1 images in train are there more than once, byte for byte: {a.path} = {d.path}"
+
+
+def test_images_to_be_turned_are_told(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for name, options in {"a": {"exif": turned}, "b": {}, "c": {}}.items():
+        (tmp_path / f"{name}.jpg").write_bytes(image_bytes(size=(16, 32), **options))
+    one, *others = (Record(str(tmp_path / f"{name}.jpg"), 1, 0) for name in "abc")
+    warnings = (
+        BadImages(folder=tmp_path).check(Split("own", str(tmp_path), (one,), (others[0],), (others[1],))).warnings
+    )
+    assert f"1 images ask in their EXIF data to be turned, and are read as they are stored: {one.path}" in warnings[0]

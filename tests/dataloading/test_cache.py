@@ -1,5 +1,6 @@
 """The file of decoded images: written once, found again, replaced when anything changed, and never half."""
 
+import fcntl
 import logging
 import os
 import shutil
@@ -109,12 +110,13 @@ def test_who_may_only_read_uses_what_others_have_filled(files):
 
 def test_two_that_do_not_see_each_others_lock_write_no_common_file(files, monkeypatch):
     """As where a file system locks on each host alone: one has its draft swept away, and none a wrong file."""
-    monkeypatch.setattr(cache.fcntl, "flock", lambda *_: None)
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     inner = Fill()
 
     def fill():
         yield [0, 1, 2], torch.zeros(3, *SIZE, 3, dtype=torch.uint8)
-        assert torch.equal(load(files, inner), inner.images)
+        with ThreadPoolExecutor(1) as other:  # as another process
+            assert torch.equal(other.submit(load, files, inner).result(), inner.images)
         yield [3, 4], torch.zeros(2, *SIZE, 3, dtype=torch.uint8)
 
     with pytest.raises(FileNotFoundError):

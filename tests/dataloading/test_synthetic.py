@@ -1,6 +1,8 @@
 """The rendered data set: a pure function of its parameters, whole on disk, in the Market-1501 layout."""
 
+import errno
 import hashlib
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +18,7 @@ from fusionreid.dataloading.datasets import market1501
 from fusionreid.dataloading.datasets.synthetic import PARAMETERS, camera, person, render_dataset, render_person
 from fusionreid.dataloading.datasets.synthetic.__main__ import main
 from fusionreid.dataloading.records import DataError
+from fusionreid.errors import StorageError
 
 SMALL = {"persons": 3, "test_persons": 4, "cameras": 3, "images": 3, "seed": 5, "size": (64, 32)}
 
@@ -135,3 +138,20 @@ def test_wrong_counts_and_the_door(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["--root", str(tmp_path / "a"), *small]) == 0
     assert "25 images" in capsys.readouterr().out
     assert (tmp_path / "a" / PARAMETERS).is_file()
+
+
+@pytest.mark.parametrize(("code", "exit_code", "remedy"), [
+    (errno.ENOSPC, 4, "make room or set another one"), (None, 4, "make room or set another one"),
+    (errno.EROFS, 2, "set another one"),
+])  # fmt: skip
+def test_a_disk_that_does_not_take_it_names_the_key(
+    tmp_path: Path, monkeypatch, code: int, exit_code: int, remedy: str
+) -> None:
+    def save(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code)) if code else OSError("encoder error -2 when writing image file")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises((DataError, StorageError), match=rf"DATASETS\.ROOT_DIR {tmp_path} .*{remedy}") as caught:
+        read_split(DatasetsConfig(NAMES="synthetic", ROOT_DIR=str(tmp_path)))
+    assert caught.value.exit_code == exit_code
+    assert not list(tmp_path.iterdir())

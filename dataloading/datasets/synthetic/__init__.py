@@ -3,6 +3,7 @@
 Every picture is a pure function of (seed, person, camera, image, size). Persons 1..N train, the next M are tested.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -17,14 +18,16 @@ from fusionreid.dataloading.config import DatasetsConfig
 from fusionreid.dataloading.datasets import market1501
 from fusionreid.dataloading.datasets.synthetic.camera import camera_of, picture
 from fusionreid.dataloading.records import DataError, Split, printable
+from fusionreid.errors import StorageError
 
 PARAMETERS = "synthetic.json"  # beside the folders: what they were rendered from
 RENDERER = 1  # counts changes of the pictures that the same parameters give
+NOT_WRITABLE = errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST
 DISTRACTORS = 1 << 20  # persons from here on are seen once, in the gallery
 
 
 def render_person(seed: int, person: int, camera: int, image: int, size: tuple[int, int] = (128, 64)) -> np.ndarray:
-    """One picture, (height, width, 3) uint8; camera from 0."""
+    """Render one picture, (height, width, 3) uint8; camera from 0."""
     return picture(seed, person, camera, image, size)
 
 
@@ -68,7 +71,7 @@ def render_dataset(
 
 
 def _complete(root: Path, wanted: dict[str, object]) -> bool:
-    """Whether the folder holds this data set; raises when it holds something else."""
+    """Tell whether the folder holds this data set; DataError: it holds something else."""
     if not root.is_dir() or not any(root.iterdir()):
         return False
     try:
@@ -84,7 +87,7 @@ def _complete(root: Path, wanted: dict[str, object]) -> bool:
 
 
 def _pictures(persons: int, test_persons: int, cameras: int, images: int) -> Iterator[tuple[str, int, int, int, int]]:
-    """(folder, number in the file name, person, camera, image)."""
+    """Yield (folder, number in the file name, person, camera, image)."""
     train, query, gallery = market1501.PARTS.values()
     for person in range(1, persons + test_persons + 1):
         for camera in range(cameras):
@@ -96,15 +99,21 @@ def _pictures(persons: int, test_persons: int, cameras: int, images: int) -> Ite
 
 
 def read(cfg: DatasetsConfig) -> Split:
-    """The data set as configured, rendered when absent into the folder `synthetic` of DATASETS.ROOT_DIR."""
+    """Read the data set as configured, rendered when absent into the folder `synthetic` of DATASETS.ROOT_DIR."""
     made = cfg.SYNTHETIC
-    root = render_dataset(
-        Path(cfg.ROOT_DIR).expanduser() / "synthetic",
-        persons=made.PERSONS,
-        test_persons=made.TEST_PERSONS,
-        cameras=made.CAMERAS,
-        images=made.IMAGES,
-        seed=made.SEED,
-        size=made.SIZE,
-    )
+    try:
+        root = render_dataset(
+            Path(cfg.ROOT_DIR).expanduser() / "synthetic",
+            persons=made.PERSONS,
+            test_persons=made.TEST_PERSONS,
+            cameras=made.CAMERAS,
+            images=made.IMAGES,
+            seed=made.SEED,
+            size=made.SIZE,
+        )
+    except OSError as error:
+        text = f"DATASETS.ROOT_DIR {cfg.ROOT_DIR} did not take the rendered data set: {error}"
+        if error.errno in NOT_WRITABLE:
+            raise DataError(f"{text}; set another one") from error
+        raise StorageError(f"{text}; make room or set another one") from error
     return market1501.read_layout(root, "synthetic")

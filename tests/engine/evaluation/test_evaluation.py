@@ -16,12 +16,12 @@ from torch import nn
 from fusionreid.dataloading import read_split
 from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.checkpoints.load_model import build
-from fusionreid.engine.command import lock
 from fusionreid.engine.config import load_config
 from fusionreid.engine.embed import main as embed
 from fusionreid.engine.evaluate import main as evaluate
 from fusionreid.engine.evaluation import embeddings
 from fusionreid.engine.search import main as search
+from fusionreid.engine.storage import lock
 from tests import ROOT
 from tests.runs import arguments, command, finish
 

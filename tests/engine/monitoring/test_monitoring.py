@@ -1,4 +1,4 @@
-"""One run through its door: what its console, its log, its folder say about it."""
+"""One run by its command: what its console, its log, its folder say about it."""
 
 import json
 import re
@@ -30,5 +30,5 @@ def test_what_a_run_says_about_itself(tmp_path: Path, capsys: pytest.CaptureFixt
                         out.splitlines()[-1])  # fmt: skip
     assert "gradient_norm " in out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "checkpoints", "exit.json", ".lock", "manifest.json", "metrics.jsonl", "profile-11-11.json.gz"
+        "checkpoints", "exit.json", ".lock", "log.txt", "manifest.json", "metrics.jsonl", "profile-11-11.json.gz"
     }  # fmt: skip

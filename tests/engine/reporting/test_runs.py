@@ -1,4 +1,4 @@
-"""The report from what runs left: drawn again through its door, other runs beside it, damage named."""
+"""The report from what runs left: drawn again by its command, compared with other runs, damage named."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_report_is_drawn_again_without_a_model(tmp_path: Path) -> None:
 
 def test_runs_stand_side_by_side(tmp_path: Path) -> None:
     one, two = leave(tmp_path / "a" / "log", 0.625, 2), leave(tmp_path / "b" / "log", 0.875, 3, epochs=0)
-    assert report([*arguments(tmp_path, one), "--beside", str(two)]) == 0
+    assert report([*arguments(tmp_path, one), "--compare", str(two)]) == 0
     page = (one / "report.html").read_text()
     assert "<td>a/log, FusionReID</td><td>62.5</td>" in page
     assert '<td>b/log, FusionReID</td><td class="best">87.5</td>' in page
@@ -52,7 +52,7 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
 
 def test_what_is_missing_or_damaged_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = leave(tmp_path / "run", 0.5, 2)
-    assert report([*arguments(tmp_path, run), "--beside", str(tmp_path / "none")]) == 2
+    assert report([*arguments(tmp_path, run), "--compare", str(tmp_path / "none")]) == 2
     assert f"{tmp_path / 'none' / 'metrics.json'} is not there: evaluate that run first" in capsys.readouterr().err
     (run / "manifest.json").write_text("{")
     assert report(arguments(tmp_path, run)) == 2

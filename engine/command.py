@@ -126,7 +126,7 @@ def run(command: Command, argv: Sequence[str] | None = None, parser: Parser | No
         output = Results(sys.stdout, file if RANK == 0 else None) if sys.stdout else None
         with redirect_stdout(output), redirect_stderr(errors):
             code, reason = _attempt(command, options, outcome, file)
-        peers.stop()
+        peers.stop(done=code == 0)
         _flush()
         outcome.write(code, reason)
     return code

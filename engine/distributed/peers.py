@@ -98,7 +98,7 @@ class Watch(threading.Thread):
                     return self.store.get("lost").decode()
                 for rank in others:
                     silent = self.store.add(f"beat/{rank}", 0) == before[rank] and monotonic() - since > 4 * INTERVAL_S
-                    if self._is_gone(rank) or silent:
+                    if (self._is_gone(rank) or silent) and not self.store.check([f"left/{rank}"]):
                         return self._describe(rank)
                 sleep(0.1)
             return ""
@@ -116,6 +116,8 @@ class Watch(threading.Thread):
         if beat != self.beat:
             self.beat, self.beat_since = beat, now
         if now - self.beat_since < SILENCE_S and not self._is_gone(self.next):
+            return ""
+        if self.store.check([f"left/{self.next}"]):
             return ""
         lost = self._describe(self.next)
         self.store.set("lost", lost)  # for those that watch others
@@ -181,11 +183,14 @@ def start(store: "Store", rank: int, world_size: int) -> None:
     _watch.start()
 
 
-def stop() -> None:
-    """Watch no longer: this process is about to end."""
+def stop(*, done: bool = False) -> None:
+    """Watch no longer: this process is about to end; if its work is done, the others go on without it."""
     global _watch
     if _watch is not None:
         _watch.ended.set()
+        if done:
+            with suppress(RuntimeError):
+                _watch.store.set(f"left/{_watch.rank}", "")
         _watch = None
 
 

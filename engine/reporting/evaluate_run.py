@@ -14,7 +14,7 @@ from fusionreid.dataloading.records import DataError, Split
 from fusionreid.engine.checkpoints.load_model import Trained, build, find_checkpoint, restore
 from fusionreid.engine.config import Config
 from fusionreid.engine.distributed import parallel
-from fusionreid.engine.distributed.agreement import decide
+from fusionreid.engine.distributed.agreement import check_shared, decide
 from fusionreid.engine.distributed.numerics import set_numerics
 from fusionreid.engine.distributed.parallel import Ranks
 from fusionreid.engine.evaluation import embeddings
@@ -44,6 +44,7 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
     embeddings.check_place(folder)
     ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
     set_numerics(cfg.SOLVER.PRECISION, deterministic=cfg.PARALLEL.DETERMINISTIC)
+    check_shared(output, ranks)
     path = find_checkpoint(cfg)
     trained = restore(path, cfg)
     bad = BadImages(cfg.DATASETS.ON_BAD, output, ranks.main)

@@ -14,6 +14,7 @@ from fusionreid.dataloading.records import DataError, Split
 from fusionreid.engine.checkpoints.load_model import Trained, build, find_checkpoint, restore
 from fusionreid.engine.config import Config
 from fusionreid.engine.distributed import parallel
+from fusionreid.engine.distributed.agreement import check_shared, decide
 from fusionreid.engine.distributed.numerics import set_numerics
 from fusionreid.engine.distributed.parallel import Ranks
 from fusionreid.engine.evaluation import embeddings
@@ -43,10 +44,11 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
     embeddings.check_place(folder)
     ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
     set_numerics(cfg.SOLVER.PRECISION, deterministic=cfg.PARALLEL.DETERMINISTIC)
+    check_shared(output, ranks)
     path = find_checkpoint(cfg)
     trained = restore(path, cfg)
     bad = BadImages(cfg.DATASETS.ON_BAD, output, ranks.main)
-    split = ranks.once(lambda: bad.check(read_split(cfg.DATASETS), ("query", "gallery")))
+    split = decide(lambda: bad.check(read_split(cfg.DATASETS), ("query", "gallery")), ranks)
     ids, records, num_query = split_ids(split), (*split.query, *split.gallery), len(split.query)
     check_matches(*ids)
     cameras = known_cameras(trained, split, cfg)

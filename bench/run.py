@@ -59,14 +59,17 @@ BUILD_COLUMNS: dict[str, Callable[[Row], str]] = {
     "spilled": lambda row: f"{row['stack_bytes'] + row['local_bytes']} B",
     "shared": lambda row: f"{row['shared_bytes'] / 1024:.1f} KiB",
     "programs": lambda row: str(row["programs"]),
-    "products": lambda row: " ".join(row["matrix_instructions"]),
+    "products": lambda row: ", ".join(f"{count} {name}" for name, count in row["matrix_instructions"].items()),
+    "ahead": lambda row: "" if row["wait_depth"] is None else str(row["wait_depth"]),
     "MB": lambda row: _number(row["bytes"] * 1e-6),
     "GFLOP": lambda row: _number(row["operations"] * 1e-9),
     "limit us": lambda row: _number(1e3 * (H200.limit_ms(row["bytes"], row["operations"]) or 0)),
+    "predicted us": lambda row: "" if row["predicted_s"] is None else _number(1e6 * row["predicted_s"]),
 }
 BUILD_LEGEND = (
     "As compiled, not run. Programs: that fit a multiprocessor at once. Limit: of an ideal implementation at the real "
-    "size on an H200, 4.3 TB/s in a copy and 790 TFLOP/s in a bf16 product."
+    "size on an H200, 4.3 TB/s in a copy and 790 TFLOP/s in a bf16 product. Ahead: copies that a loop leaves under way "
+    "where it waits for one. Predicted: of the code, on an A100, H200 and B200, by bench/predict.py; never measured."
 )
 LEGEND = (
     "speed: against the fastest alternative. GB/s and GFLOP/s: bytes and operations of an ideal implementation over "

@@ -63,10 +63,11 @@ def _self_attention_launches(images: int, tokens: int, heads: int, width: int) -
     def launch(op: Callable[..., object], *arguments: object) -> object:
         return op(*arguments) if takes(qkv) else None  # on other GPUs torch's kernels run
 
-    yield Launch(f"{name}, forward", partial(launch, forward, qkv, 1.0), bytes_moved * 4 / 3, operations)
+    yield Launch(f"{name}, forward", partial(launch, forward, qkv, 1.0), bytes_moved * 4 / 3, operations, images)
     yield Launch(
-        f"{name}, backward", partial(launch, backward, qkv, out, out, lse, 1.0), bytes_moved * 8 / 3, 2.5 * operations
-    )
+        f"{name}, backward", partial(launch, backward, qkv, out, out, lse, 1.0), bytes_moved * 8 / 3, 2.5 * operations,
+        images,
+    )  # fmt: skip
 
 
 def class_launches(images: int, lengths: Sequence[int], heads: int, width: int, dtype: torch.dtype) -> Iterator[Launch]:
@@ -86,9 +87,9 @@ def class_launches(images: int, lengths: Sequence[int], heads: int, width: int, 
     small = images * sum(t.nbytes for t in absorbed)
     operations = images * sum(4 * heads * inner * n for n in lengths)
     yield Launch(f"{name}, forward", lambda: forward(tokens, absorbed, vectors, vectors, [1e-5, 1e-5], 1.0, True),
-                 moved + 2 * small, operations)  # fmt: skip
+                 moved + 2 * small, operations, images)  # fmt: skip
     yield Launch(f"{name}, backward", lambda: backward(tokens, absorbed, vectors, saved, absorbed, 1.0),
-                 2 * moved + 4 * small, 2 * operations)  # fmt: skip
+                 2 * moved + 4 * small, 2 * operations, images)  # fmt: skip
 
 
 @contextmanager

@@ -97,11 +97,15 @@ def launches() -> Iterator[Launch]:
     def append() -> None:
         neighbours.append_piece(split, split, features[:, 0], piece, 0, found, NEAREST)
 
-    yield Launch("lengths", lambda: exact.lengths(features, 1), 4 * images * width, 2 * images * width)
-    yield Launch("integers", lambda: int8.split_rows(rows, index), 7 * images * width, 12 * images * width)
-    yield Launch("counts of one span", count, 3 * (queries + span) * width, 12 * queries * span * width)
+    yield Launch("lengths", lambda: exact.lengths(features, 1), 4 * images * width, 2 * images * width, images // tile)
+    yield Launch(
+        "integers", lambda: int8.split_rows(rows, index), 7 * images * width, 12 * images * width, images // tile
+    )
+    yield Launch("counts of one span", count, 3 * (queries + span) * width, 12 * queries * span * width,
+                 queries * span // tile**2)  # fmt: skip
     queries = neighbours.QUERIES
-    yield Launch("nearest of one span", append, 3 * (queries + span) * width, 12 * queries * span * width)
+    yield Launch("nearest of one span", append, 3 * (queries + span) * width, 12 * queries * span * width,
+                 queries * span // tile**2)  # fmt: skip
     yield Launch(
         "fp64 distance of a pair", lambda: exact.exact_distances(rows, rows, index, index), 8 * width, 5 * width
     )

@@ -72,7 +72,7 @@ def _entropy_forward(z: list[Tensor], persons: Tensor) -> object:
 
 def _entropy_backward(z: list[Tensor], persons: Tensor) -> object:
     lse = torch.zeros(2, len(z), len(persons))
-    return torch.ops.fusionreid.smoothed_cross_entropy_backward(lse[0], z, persons, lse, 0.1)
+    return torch.ops.fusionreid.smoothed_cross_entropy_backward(lse[0, :, 0], z, persons, lse, 0.1)
 
 
 @contextmanager

@@ -34,6 +34,16 @@ def dataset_warnings(entries: Mapping[str, Entry], split: Split) -> Iterator[str
     if leaks := duplicates(good, train, [*query, *gallery]):
         pairs = _pairs(leaks)
         yield f"{len(leaks):,} test images are in train too, byte for byte, which flatters every measure: {pairs}"
+    yield from few_persons(split)
+
+
+def few_persons(split: Split) -> Iterator[str]:
+    """Yield a line if the test set has too few persons to measure anything."""
+    searched = {record.person for record in split.query}
+    if len(searched | {record.person for record in split.gallery}) == 1:
+        yield "query and gallery show one person only: every match is right, and mAP 100 %, whatever the model does"
+    elif len(searched) == 1:
+        yield "all queries show one person: the results are of that person, and say little about the model"
 
 
 def _within(

@@ -1,6 +1,6 @@
 """Decode workers: forked from a server that has loaded torch and torchvision once, for all of them.
 
-Ctrl-C and a scheduler's stop reach the whole process group. The server and its workers are deaf to both, so that the
+Ctrl-C and a scheduler's stop reach the whole process group. The server and its workers block them, so that the
 main process can finish its step; it ends them, or they end when it dies.
 """
 
@@ -140,7 +140,7 @@ def fork_server() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fusionreid.dataloading.decode_workers"])
     resource_tracker.ensure_running()  # first: starting it lifts the block
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
     try:
         forkserver.ensure_running()  # inherits the block, and passes it on: no instant in which a signal gets through
     finally:

@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -106,8 +107,8 @@ def fill(parser: Parser, command: Command) -> None:
     parser.epilog = f"{'examples' if len(command.examples) > 1 else 'example'}:\n{examples}\n\n{PATHS}"
     command.options(parser)
     needed = "" if command.needs_config else ", needed only where a model is"
-    parser.add_argument("--config_file", required=command.needs_config, metavar="FILE",
-                        help=f"YAML file with the configuration{needed}, as in configs/synthetic/tiny.yml")  # fmt: skip
+    file = f"YAML file with the configuration{needed}, or the name of a shipped one, as in synthetic/tiny"
+    parser.add_argument("--config_file", required=command.needs_config, metavar="FILE", help=file)
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and end")
     parser.add_argument("--version", **VERSION)
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE",
@@ -123,6 +124,12 @@ def command_line(name: str) -> str:
     """How the user starts a command: in the way this one was started."""
     script = Path(sys.argv[0])
     return f"python {script.with_name(f'{name}.py')}" if script.parent.name == "engine" else f"fusionreid {name}"
+
+
+def search_in(embeddings: Path | str) -> str:
+    """How to find a person in a folder of embeddings."""
+    gallery = shlex.quote(str(embeddings))
+    return f"find a person: {command_line('search')} --query IMAGE --gallery {gallery} --config_file FILE"
 
 
 def _versions() -> list[str]:

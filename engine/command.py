@@ -16,7 +16,7 @@ from fusionreid.engine.arguments import Command, Parser, command_line, command_p
 from fusionreid.engine.distributed import peers
 from fusionreid.engine.signals import REASONS, Signals
 from fusionreid.engine.storage import OutputFolderError
-from fusionreid.engine.text_log import FolderHandler, logging_to
+from fusionreid.engine.text_log import FolderHandler, logging_to, visible
 
 if TYPE_CHECKING:
     from fusionreid.engine.config import Config
@@ -29,22 +29,14 @@ log = logging.getLogger(__name__)
 
 
 class Output:
-    """An output that may go away, as under `| head`: what it does not take is dropped, and that is said once.
+    """An output that may go away, as under `| head`: what it does not take is dropped, and that is said once."""
 
-    Each whole line also goes to `file`.
-    """
-
-    def __init__(self, stream: Any, file: FolderHandler | None = None) -> None:
+    def __init__(self, stream: Any) -> None:
         self.stream, self.failed = stream, False
-        self._file, self._line = file, ""
 
     def write(self, text: str) -> int:
         """Write, or drop."""
         self._do(lambda: self.stream.write(text))
-        if self._file is not None:
-            *lines, self._line = (self._line + text).split("\n")
-            for line in lines:
-                self._file.handle(logging.LogRecord("stdout", logging.INFO, "", 0, line, None, None))
         return len(text)
 
     def flush(self) -> None:
@@ -61,6 +53,22 @@ class Output:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+class Results(Output):
+    """Standard output: control characters are shown as escapes, and each whole line also goes to `file`."""
+
+    def __init__(self, stream: Any, file: FolderHandler | None) -> None:
+        super().__init__(stream)
+        self._file, self._line = file, ""
+
+    def write(self, text: str) -> int:
+        super().write(visible(text))
+        if self._file is not None:
+            *lines, self._line = (self._line + text).split("\n")
+            for line in lines:
+                self._file.handle(logging.LogRecord("stdout", logging.INFO, "", 0, line, None, None))
+        return len(text)
 
 
 class Outcome:
@@ -86,7 +94,7 @@ class Outcome:
                 traceback.print_exception(error)
             who = f"[rank {RANK}] " if RANK else ""
             text = f"{who}{reason}" if code in REASONS else f"{who}error: {reason}"
-            print(text, file=sys.stderr, flush=True)
+            print(visible(text), file=sys.stderr, flush=True)
         if self.file is not None and RANK == 0:
             why = (type(error), error, error.__traceback__) if code == 1 else None
             level = logging.INFO if code in REASONS else logging.ERROR
@@ -115,7 +123,7 @@ def run(command: Command, argv: Sequence[str] | None = None, parser: Parser | No
     peers.tell_losses(lambda reason: outcome.write(peers.PeerError.exit_code, reason))
     errors = Output(sys.stderr) if sys.stderr else None
     with Signals(outcome.at_once), logging_to(errors) as file:
-        output = Output(sys.stdout, file if RANK == 0 else None) if sys.stdout else None
+        output = Results(sys.stdout, file if RANK == 0 else None) if sys.stdout else None
         with redirect_stdout(output), redirect_stderr(errors):
             code, reason = _attempt(command, options, outcome, file)
         peers.stop()

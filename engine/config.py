@@ -27,6 +27,9 @@ from fusionreid.engine.config_hints import keys_like
 from fusionreid.errors import ReIDError
 from fusionreid.schema import FolderText, PathText
 
+LONGEST = 100_000  # characters of a file
+TOLD = 100  # mistakes in a message; a configuration has about as many keys
+
 
 class ConfigError(ReIDError, ValueError):
     """Every mistake of a configuration, one per line."""
@@ -103,7 +106,8 @@ class ParallelConfig(Section):
     COMPILE: Annotated[Literal["auto", "off", "blocks", "whole"], BeforeValidator(_off)] = "auto"  # blocks on a GPU
     GRAPH: Switch = False  # the step as one CUDA graph: one process on a GPU, bf16 or fp32; never run on a GPU yet
     CHECKPOINT: Switch = False  # Transformer blocks and HTM layers recompute their activations: less memory, more time
-    SHARD: NonNegativeInt = 0  # processes that share one copy of the weights; 0: all; 1: each has its own
+    DETERMINISTIC: Switch = False  # the same bits in every run on a GPU too, where it costs speed
+    SHARD: NonNegativeInt = 0  # processes that share one copy of the weights; 0: those of one host; 1: each its own
 
 
 # yes: k-reciprocal with k1 20, k2 6, weight 0.3 as its paper has it; published: with 50, 15, 0.3
@@ -194,7 +198,11 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     text = ""
     try:
         path = find_config(path)
-        text = path.read_text(encoding="utf-8-sig")
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read(LONGEST + 1)
+        if len(text) > LONGEST:
+            text = ""
+            problems.append(f"{path}: has over {LONGEST:,} characters, a configuration has a few thousand: not read")
     except NoSuchConfig as error:
         problems.append(str(error))
     except (OSError, ValueError) as error:
@@ -206,10 +214,13 @@ def _build(text: str, name: str, overrides: Sequence[str], problems: list[str]) 
     settings = config_yaml.read_yaml(text, name, SECTIONS, problems)
     settings |= config_yaml.read_overrides(overrides, KEYS, problems)
     unknown = [key for key in settings if key not in KEYS]
-    problems += [f"{settings[key].where}: {key}: {_unknown(key, settings.pop(key).value)}" for key in unknown]
+    where = {key: settings.pop(key) for key in unknown}
+    problems += [f"{where[key].where}: {key}: {_unknown(key, where[key].value)}" for key in unknown[:TOLD]]
     config = config_yaml.validate(Config, settings, problems)
     if problems:
-        raise ConfigError("\n".join(line if line.isprintable() else ascii(line)[1:-1] for line in problems))
+        told = [line if line.isprintable() else ascii(line)[1:-1] for line in problems[:TOLD]]
+        more = len(problems) - len(told) + len(unknown[TOLD:])
+        raise ConfigError("\n".join([*told, *([f"and {more:,} more mistakes"] if more else [])]))
     return config
 
 

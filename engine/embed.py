@@ -14,7 +14,7 @@ if __name__ == "__main__":  # a script's own folder must not hide modules, and i
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from fusionreid.engine import arguments, command
-from fusionreid.engine.arguments import Command, Ending, command_line
+from fusionreid.engine.arguments import Command, Ending, search_in
 
 if TYPE_CHECKING:
     from fusionreid.engine.config import Config
@@ -45,7 +45,7 @@ def options(parser: ArgumentParser) -> None:
 
 
 def ending(_cfg: "Config", *, images: Path, output: Path) -> Ending:
-    return Ending([output], f"{command_line('search')} --query {output} --gallery {output}")
+    return Ending([output], search_in(output))
 
 
 COMMAND = Command(

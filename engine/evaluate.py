@@ -15,7 +15,7 @@ if __name__ == "__main__":  # a script's own folder must not hide modules, and i
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from fusionreid.engine import command
-from fusionreid.engine.arguments import Command, Ending, command_line
+from fusionreid.engine.arguments import Command, Ending, search_in
 
 if TYPE_CHECKING:
     from fusionreid.engine.config import Config
@@ -44,11 +44,10 @@ def options(parser: ArgumentParser) -> None:
 
 def ending(cfg: "Config", *, baselines: bool) -> Ending:
     output = Path(cfg.OUTPUT_DIR)
-    wrote = [output / "metrics.json"]
-    if not cfg.TEST.EMBEDDINGS:
-        wrote += [output / "report.html", output / "embeddings"]
-    embeddings = cfg.TEST.EMBEDDINGS or output / "embeddings"
-    return Ending(wrote, f"{command_line('search')} --query {embeddings} --gallery {embeddings}")
+    if cfg.TEST.EMBEDDINGS:
+        return Ending([output / "metrics.json"], search_in(cfg.TEST.EMBEDDINGS))
+    report, embeddings = output / "report.html", output / "embeddings"
+    return Ending([output / "metrics.json", report, embeddings], f"open {report}, or {search_in(embeddings)}")
 
 
 COMMAND = Command(
@@ -56,7 +55,7 @@ COMMAND = Command(
     "mAP, mINP and CMC of a model, and a report with rank lists",
     "Embed query and gallery with the newest checkpoint in OUTPUT_DIR, or with TEST.WEIGHT, and rank them.\n"
     "TEST.EMBEDDINGS FOLDER ranks stored embeddings again, without a model.",
-    ["--config_file configs/synthetic/tiny.yml", "--config_file my.yml --baselines TEST.RE_RANKING yes"],
+    ["--config_file synthetic/tiny", "--config_file my.yml --baselines TEST.RE_RANKING yes"],
     options,
     ending=ending,
 )

@@ -16,15 +16,17 @@ from fusionreid import FusionReID
 from fusionreid.dataloading import Split, read_split
 from fusionreid.dataloading.bad_images import BadImages
 from fusionreid.dataloading.cache import free_host_memory
+from fusionreid.dataloading.dataset_warnings import few_persons
 from fusionreid.dataloading.decode import BICUBIC, decode
 from fusionreid.dataloading.decode_workers import check_shared_memory
 from fusionreid.dataloading.records import check_batch, printable, scarce_persons
 from fusionreid.engine.checkpoints import checkpoint
+from fusionreid.engine.checkpoints.compare import compare
 from fusionreid.engine.checkpoints.load_model import build, config_of, find_checkpoint, restore
 from fusionreid.engine.config import Config
 from fusionreid.engine.evaluation.evaluator import check_cameras, split_ids
 from fusionreid.engine.evaluation.retrieval import check_matches
-from fusionreid.engine.training.trainer import what_decides
+from fusionreid.engine.training.resume import what_decides
 from fusionreid.errors import ReIDError
 from fusionreid.weights import check_weights, load_pretrained
 
@@ -144,11 +146,13 @@ def _batches(cfg: Config, split: Split) -> tuple[str, None]:
     return "\n".join(lines), None
 
 
-def _test(cfg: Config, split: Split) -> tuple[str, None]:
+def _test(cfg: Config, split: Split) -> tuple[str, Split]:
     if split.train:
         check_cameras(split, split.cameras, cfg)
     check_matches(*split_ids(split))
-    return f"{len(split.query):,} queries in {len(split.gallery):,} images", None
+    counts = f"{len(split.query):,} queries in {len(split.gallery):,} images"
+    warnings = tuple(few_persons(split))
+    return "\n".join([counts, *warnings]), replace(split, warnings=warnings, left_out={})
 
 
 def _weights(cfg: Config, split: Split | None) -> tuple[str, FusionReID]:
@@ -166,9 +170,9 @@ def _checkpoint(cfg: Config, model: FusionReID | None) -> tuple[str, None]:
     text = f"none in {folder}: training starts anew"
     if newest := checkpoint.latest(folder):
         tensors, state = checkpoint.load(newest)
-        checkpoint.compare("the configuration", what_decides(cfg), what_decides(config_of(state, newest)))
+        compare("the configuration", what_decides(cfg), what_decides(config_of(state, newest)))
         if model is not None:
-            checkpoint.compare("the model", model.state_dict(), tensors["model"])
+            compare("the model", model.state_dict(), tensors["model"])
         text = f"training goes on from {newest}"
     if cfg.TEST.WEIGHT:
         path = find_checkpoint(cfg)

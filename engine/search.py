@@ -96,13 +96,15 @@ def _warn_of_two_models(query: "Embeddings", gallery: "Embeddings") -> None:
 
 def _load_or_embed(cfg: "Config", path: Path) -> "Embeddings | None":
     from fusionreid.engine.evaluation import embeddings
-    from fusionreid.engine.evaluation.extract import check_finite, embed_images
+    from fusionreid.engine.evaluation.finite import check_finite
 
-    if not (path / embeddings.INDEX).is_file():
-        return embed_images(cfg, path)
-    stored = embeddings.load(path)
-    check_finite(stored.features, stored.records)
-    return stored
+    if (path / embeddings.INDEX).is_file():
+        stored = embeddings.load(path)
+        check_finite(stored.features, stored.records)
+        return stored
+    from fusionreid.engine.evaluation.extract import embed_images  # loads what a model needs
+
+    return embed_images(cfg, path)
 
 
 def _count(text: str) -> int:

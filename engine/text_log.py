@@ -5,6 +5,7 @@ The file is the main rank's. It also has what the command prints on stdout, a li
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,7 +14,22 @@ from typing import Any, TextIO
 FILE = "log.txt"
 RANK, RANKS = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
 WHO = f" [rank {RANK}]" if RANKS != "1" else ""
-FORMAT = logging.Formatter(f"%(asctime)s %(levelname)s{WHO} %(message)s", "%Y-%m-%d %H:%M:%S")
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # all but tab and line ends
+
+
+def visible(text: str) -> str:
+    """Show control characters as escapes: a file's name must not move the cursor, nor turn the text around."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+class Formatter(logging.Formatter):
+    """A line with time, level and rank that no terminal takes for a command."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+FORMAT = Formatter(f"%(asctime)s %(levelname)s{WHO} %(message)s", "%Y-%m-%d %H:%M:%S")
 
 
 class FolderHandler(logging.Handler):

@@ -51,7 +51,7 @@ COMMAND = Command(
     "train a model, or go on with an interrupted run",
     "Train a model. The same command goes on where an interrupted run with the same OUTPUT_DIR ended.\n"
     "torchrun starts one process per GPU.",
-    ["--config_file configs/synthetic/tiny.yml", "--config_file my.yml SOLVER.MAX_EPOCHS 60 OUTPUT_DIR log/long"],
+    ["--config_file synthetic/tiny", "--config_file my.yml SOLVER.MAX_EPOCHS 60 OUTPUT_DIR log/long"],
     ending=ending,
     interrupted="the same command goes on from the newest checkpoint",
 )

@@ -11,7 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from math import prod
+from math import isfinite, prod
 
 import numpy as np
 import torch
@@ -47,9 +47,10 @@ def augment(
     """(N, H, W, 3) uint8 -> (B, 3, H, W) `dtype`, channels-last.
 
     flip (B,) bool; shift (B, 2) = (dy, dx) in pixels; erase (B, 4), height 0: none; index (B,) position in the epoch;
-    rows (B,) which of the images, by default all in order. The kernel trusts that the images and rectangles exist.
+    rows (B,) which of the images, by default all in order; on a GPU one that does not exist comes out as NaN. Raises
+    ValueError where a shape, dtype, device or number is wrong.
     """
-    _check(images, flip, shift, erase, index, rows)
+    _check(images, flip, shift, erase, index, rows, dtype)
     key, line = key_of(seed, epoch), _line(mean, std)
     shape = (len(flip), *images.shape[1:])
     if use_triton(images) and dtype != torch.float64:
@@ -75,8 +76,10 @@ def normalize(
 
 def _line(mean: Sequence[float], std: Sequence[float]) -> list[float]:
     """Three factors and three summands that make a normalised value of a byte."""
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"mean and std must be three numbers each, std above 0, got {mean} and {std}")
+    if len(mean) != 3 or len(std) != 3 or not all(map(isfinite, (*mean, *std))) or min(std) <= 0:
+        raise ValueError(
+            f"augment: mean and std must be three numbers each, all of them finite, std above 0, got {mean} and {std}"
+        )
     return [1 / (255 * s) for s in std] + [-m / s for m, s in zip(mean, std)]
 
 
@@ -116,15 +119,16 @@ def _on_gpu(
     batch, height, width, _ = out.shape
     if out.numel():
         _augment[(triton.cdiv(3 * width, COLS), triton.cdiv(height, ROWS), batch)](
-            images.contiguous(), rows, flip.view(torch.uint8), shift.contiguous(), erase.contiguous(), index, out,
+            images.contiguous(), None if rows is None else rows.contiguous(), flip.contiguous().view(torch.uint8),
+            shift.contiguous(), erase.contiguous(), index.contiguous(), out, len(images),
             key - (key >> 63 << 64), *line,  # as a signed number of 64 bits
             H=height, W=width, ROWS=ROWS, COLS=COLS, num_warps=NUM_WARPS,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])  # the last batch of an epoch is smaller
 def _augment(
-    images_ptr, rows_ptr, flip_ptr, shift_ptr, erase_ptr, index_ptr, out_ptr, key, scale_0, scale_1, scale_2,
+    images_ptr, rows_ptr, flip_ptr, shift_ptr, erase_ptr, index_ptr, out_ptr, N, key, scale_0, scale_1, scale_2,
     offset_0, offset_1, offset_2, H: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """ROWS x COLS values of an image; what depends on the column alone is computed once for all rows of a thread."""
@@ -137,7 +141,8 @@ def _augment(
     dy, dx = tl.load(shift_ptr + 2 * image).to(tl.int32), tl.load(shift_ptr + 2 * image + 1).to(tl.int32)
     from_y, from_v = y + dy, v + 3 * dx
     from_v = tl.where(tl.load(flip_ptr + image) != 0, 3 * (W - 1) - from_v + 2 * channel, from_v)
-    seen = (from_y >= 0) & (from_y < H) & (from_v >= 0) & (from_v < 3 * W)
+    exists = (source >= 0) & (source < N)
+    seen = exists & (from_y >= 0) & (from_y < H) & (from_v >= 0) & (from_v < 3 * W)
     column_ptr = images_ptr + (source * H + dy) * (3 * W) + from_v  # of row 0 of the batch's image
     byte = tl.load(column_ptr + y * (3 * W), mask=seen, other=0)
     scale = tl.where(channel == 0, scale_0, tl.where(channel == 1, scale_1, scale_2))
@@ -156,6 +161,7 @@ def _augment(
         block = first_v // 16 - first + tl.arange(0, COLS // 16)[None, :]
         drawn = noise(key, tl.load(index_ptr + image), row, block, ROWS, COLS // 16)
         value = tl.where((y >= top) & (y < bottom) & (v >= left) & (v < right), drawn, value)
+    value = tl.where(exists, value, float("nan"))
     out_ptr += image * (3 * H * W) + y * (3 * W) + v
     if H % ROWS or 3 * W % COLS:
         tl.store(out_ptr, value.to(out_ptr.dtype.element_ty), mask=(y < H) & (v < 3 * W))
@@ -174,6 +180,8 @@ def _on_cpu(
     scale, offset = torch.tensor(line, dtype=out.dtype, device="cpu").view(2, 3).tile(1, width)
     targets, sources, planes = out.flatten(2), images.numpy(), images.permute(0, 3, 1, 2)
     chosen = range(len(out)) if rows is None else rows.tolist()
+    if len(chosen) and not 0 <= min(chosen) <= max(chosen) < len(images):
+        raise ValueError(f"augment: rows must lie in 0..{len(images) - 1}, got {min(chosen)}..{max(chosen)}")
     for target, row, mirrored, (dy, dx) in zip(targets, chosen, flip.tolist(), shift.tolist()):
         # In planes torch has the mirror vectorised.
         image = planes[row : row + 1].flip(3).permute(0, 2, 3, 1).numpy() if mirrored else sources[row]
@@ -189,9 +197,13 @@ def _on_cpu(
             pixels[top : top + rows_, 3 * left : 3 * (left + cols)] = noise.rectangle(position, left, rows_, cols)
 
 
-def _check(images: Tensor, flip: Tensor, shift: Tensor, erase: Tensor, index: Tensor, rows: Tensor | None) -> None:
+def _check(
+    images: Tensor, flip: Tensor, shift: Tensor, erase: Tensor, index: Tensor, rows: Tensor | None, dtype: torch.dtype
+) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(f"images must be (B, H, W, 3) uint8, got {tuple(images.shape)} {images.dtype}")
+        raise ValueError(f"augment: images must be (N, H, W, 3) uint8, got {tuple(images.shape)} {images.dtype}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"augment: dtype must be floating, got {dtype}")
     batch = len(images if rows is None else rows)
     parameters = {
         "flip": (flip, (batch,)),

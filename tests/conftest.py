@@ -13,7 +13,7 @@ HAS_GPU = torch.cuda.is_available()
 if HAS_GPU:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else a deterministic product is an error there
 else:
-    os.environ["TRITON_INTERPRET"] = "1"  # read once, when a kernel is first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when a kernel is first imported
 
 import pytest  # noqa: E402
 import triton.language as tl  # noqa: E402
@@ -62,11 +62,13 @@ def _teach_the_interpreter_bf16() -> None:
         setattr(InterpreterBuilder, name, _refuses_bf16(name))
 
 
-if not HAS_GPU:
+if os.environ.get("TRITON_INTERPRET") == "1":
     _teach_the_interpreter_bf16()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "sweep" not in config.option.markexpr:
+        items[:] = [item for item in items if item.get_closest_marker("sweep") is None]
     for item in items:
         marker = item.get_closest_marker("needs_gpu")
         if marker is not None and not HAS_GPU:

@@ -31,18 +31,20 @@ def config(**sections: dict[str, Any]) -> Config:
         {
             "MODEL": MODEL | sections.get("MODEL", {}),
             "INPUT": {"SIZE_TRAIN": [32, 16], "SIZE_TEST": [32, 16]},
-            "DATALOADER": {"NUM_INSTANCE": IMAGES // PERSONS},
+            "DATALOADER": {"NUM_INSTANCE": IMAGES // PERSONS} | sections.get("DATALOADER", {}),
             "SOLVER": solver | sections.get("SOLVER", {}),
             "PARALLEL": {"COMPILE": "off"} | sections.get("PARALLEL", {}),
         }
     )
 
 
-def batch(step: int, part: slice, dtype: torch.dtype) -> Batch:
+def batch(
+    step: int, part: slice, dtype: torch.dtype, num_images: int = IMAGES, instances: int = IMAGES // PERSONS
+) -> Batch:
     """A part of the batch of a step, the same everywhere."""
     generator = torch.Generator().manual_seed(step)
-    images = torch.randn(IMAGES, 3, 32, 16, generator=generator).to(dtype)
-    persons, places = torch.arange(IMAGES) // (IMAGES // PERSONS), torch.arange(IMAGES)
+    images = torch.randn(num_images, 3, 32, 16, generator=generator).to(dtype)
+    persons, places = torch.arange(num_images) // instances, torch.arange(num_images)
     return Batch(
         images[part].contiguous(memory_format=torch.channels_last), persons[part], places[part] % 2, places[part]
     )
@@ -53,8 +55,9 @@ def train(
 ) -> dict[str, Tensor]:
     """Losses, weights, statistics and optimiser state after these steps, whole, by name; `start` is such a result."""
     ranks = parallel.start("cpu")
+    size = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
     torch.manual_seed(5)
-    model = parallel.shard(build(cfg, PERSONS, 2).to(dtype), ranks, cfg.PARALLEL)
+    model = parallel.shard(build(cfg, size[0] // size[1], 2).to(dtype), ranks, cfg.PARALLEL)
     optimizer = Optimizer(model, cfg.SOLVER, ranks.device)
     optimizer.set_epoch(2)
     if start:
@@ -66,10 +69,10 @@ def train(
     model.train()
     step = TrainStep(model, optimizer, cfg, ranks)
     losses, norms = [], []
-    share = IMAGES // ranks.world_size
+    share = size[0] // ranks.world_size
     for number in steps:
         step.clear()
-        step(batch(number, slice(ranks.rank * share, (ranks.rank + 1) * share), dtype), number)
+        step(batch(number, slice(ranks.rank * share, (ranks.rank + 1) * share), dtype, *size), number)
         report = step.read()
         losses.append(torch.tensor([*report.identity, *report.triplet, report.accuracy], dtype=torch.float64))
         norms.append(optimizer.take_gradient_norm())

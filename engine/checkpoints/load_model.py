@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fusionreid import FusionReID, build_model
 from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.checkpoints.checkpoint import CheckpointError
+from fusionreid.engine.checkpoints.compare import compare
 from fusionreid.engine.checkpoints.locate import checkpoint_at
 from fusionreid.engine.config import Config, ConfigError
 from fusionreid.engine.distributed import parallel
@@ -36,7 +37,7 @@ def build(cfg: Config, num_classes: int, num_cameras: int) -> FusionReID:
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Fill a model, sharded or not, with whole CPU tensors; an entry too few, too many or misshaped raises."""
     own = model.state_dict()
-    checkpoint.compare("the model", own, tensors)
+    compare("the model", own, tensors)
     for name, tensor in own.items():
         parallel.local_shard(tensor).copy_(parallel.shard_like(tensors[name], tensor))
 

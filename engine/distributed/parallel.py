@@ -200,10 +200,15 @@ def shards_of(tensor: Tensor) -> int:
 
 
 def full_tensor(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """The whole of a sharded tensor on the CPU; `like` lends its sharding to a plain local shard. All ranks call it."""
-    if isinstance(like, DTensor) and tensor.ndim == like.ndim and tensor.ndim > 0:
+    """Gather a sharded tensor on the CPU; `like` lends its sharding to a plain local shard. All ranks call it."""
+    return gather(tensor, like).cpu()
+
+
+def gather(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """Gather a sharded tensor on the device, as `full_tensor` does on the CPU."""
+    if isinstance(like, DTensor) and not isinstance(tensor, DTensor) and tensor.ndim == like.ndim and tensor.ndim > 0:
         tensor = DTensor.from_local(tensor, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:

@@ -99,6 +99,16 @@ def begin(folder: Path) -> None:
         _draft(folder).mkdir(parents=True)
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether this process sees the draft."""
+    return _draft(folder).is_dir()
+
+
+def not_shared(folder: Path, sign: str) -> OutputFolderError:
+    """The error of hosts that do not see each other's files."""
+    return OutputFolderError(f"{printable(folder)} must be on a disk that all hosts share, and is not: {sign}")
+
+
 def write_rows(
     folder: Path, batches: Iterable[Tensor], shape: tuple[int, int], share: tuple[int, int] = (0, 1)
 ) -> FeatureFile:
@@ -119,10 +129,7 @@ def finish(folder: Path, index: Index) -> None:
     draft, old = _draft(folder), folder.with_name(f".{folder.name}.old")
     with _disk(folder):
         if missing := [file.name for file in index.files if not (draft / file.name).is_file()]:
-            raise OutputFolderError(
-                f"{printable(folder)} must be on a disk that all hosts share: the first process does not see "
-                f"{', '.join(missing[:3])}, which other processes wrote there"
-            )
+            raise not_shared(folder, f"the first process does not see {', '.join(missing[:3])}")
         with atomic_write(draft / INDEX) as file:
             file.write(_rendered(index))
         shutil.rmtree(old, ignore_errors=True)

@@ -11,7 +11,8 @@ from fusionreid.dataloading.records import DataError, Record, Split
 from fusionreid.engine.config import Config
 from fusionreid.engine.distributed import parallel
 from fusionreid.engine.distributed.parallel import Ranks
-from fusionreid.engine.evaluation.extract import NonFiniteError, embed
+from fusionreid.engine.evaluation.extract import embed
+from fusionreid.engine.evaluation.finite import NonFiniteError
 from fusionreid.engine.evaluation.measures import Ids, expand_queries
 from fusionreid.engine.evaluation.rerank import rerank_blocks
 from fusionreid.engine.evaluation.retrieval import Metric, Ranking, rank, rank_blocks

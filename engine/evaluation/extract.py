@@ -17,19 +17,13 @@ from fusionreid.dataloading.records import Record
 from fusionreid.engine.checkpoints.load_model import find_checkpoint, restore
 from fusionreid.engine.config import Config, TestConfig
 from fusionreid.engine.distributed import parallel, peers
+from fusionreid.engine.distributed.numerics import set_numerics
 from fusionreid.engine.distributed.parallel import Ranks
 from fusionreid.engine.evaluation import embeddings
 from fusionreid.engine.evaluation.embeddings import Embeddings
-from fusionreid.errors import ReIDError
+from fusionreid.engine.evaluation.finite import check_finite, refuse_non_finite
 
-ROWS_AT_ONCE = 4096  # looked at, or written
 ROOM = 4  # a GPU keeps the features if it has room for so many times as much: ranking needs some too
-
-
-class NonFiniteError(ReIDError, ArithmeticError):
-    """A loss or a feature is NaN or infinite; nothing was updated or scored with it."""
-
-    exit_code = 5
 
 
 def images_of(
@@ -120,9 +114,11 @@ def store(
     if ranks.main:
         embeddings.begin(folder)
     peers.meet()
+    if not parallel.all_agree(embeddings.is_begun(folder)):
+        raise embeddings.not_shared(folder, "a process does not see the folder that the first one made beside it")
     file = embeddings.write_rows(folder, looked_at(), shape, (ranks.rank, ranks.world_size))
     peers.meet()  # one rank's disk may be much slower than another's
-    _refuse_non_finite(parallel.gather_rows(torch.cat(fine).byte()).tolist(), records)
+    refuse_non_finite(parallel.gather_rows(torch.cat(fine).byte()).tolist(), records)
     files = [file] * ranks.world_size
     if ranks.world_size > 1:
         dist.all_gather_object(files, file)
@@ -168,6 +164,7 @@ def embed_to_folder(cfg: Config, path: Path, folder: Path) -> int:
 def _model_and_images(cfg: Config, path: Path) -> tuple[nn.Module, TestLoader, dict[str, Any], Ranks]:
     """The trained model, this rank's share of the images at the path, and what `Embeddings.source` is to say."""
     ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
+    set_numerics(cfg.SOLVER.PRECISION, deterministic=cfg.PARALLEL.DETERMINISTIC)
     bad = BadImages(cfg.DATASETS.ON_BAD, main=ranks.main)
     records = ranks.once(lambda: bad.check_images(find_images(path)))
     checkpoint = find_checkpoint(cfg)
@@ -187,21 +184,6 @@ def feature_vectors(model: nn.Module, images: Tensor, cameras: Tensor | None, *,
 def known_only(cameras: Tensor, known: Tensor) -> Tensor:
     """The cameras that training saw; any other becomes -1."""
     return cameras.where(torch.isin(cameras, known), -1)
-
-
-def check_finite(features: Tensor, records: Sequence[Record]) -> None:
-    """Raise NonFiniteError, which names the images, if features (N, D) are not finite."""
-    fine = torch.cat([rows.isfinite().all(1) for rows in features.split(ROWS_AT_ONCE)])
-    _refuse_non_finite(fine.tolist(), records)
-
-
-def _refuse_non_finite(fine: Sequence[bool], records: Sequence[Record]) -> None:
-    bad = [record.path for record, is_fine in zip(records, fine, strict=True) if not is_fine]
-    if bad:
-        raise NonFiniteError(
-            f"features of {len(bad)} of {len(records)} images are not finite, the first: {bad[:5]}; nothing was "
-            "scored: look at these images, or evaluate with SOLVER.PRECISION fp32"
-        )
 
 
 def _padded(images: Tensor, size: int) -> Tensor:

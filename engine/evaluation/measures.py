@@ -19,6 +19,7 @@ from fusionreid.kernels import full_precision, nearest_neighbours
 
 Ids = tuple[Tensor, Tensor, Tensor, Tensor]
 BLOCK_ROWS = 128
+COUNTS = 2**24  # of persons' images before matches, at once
 NEGLIGIBLE = 2.0**-60  # a probability that no sum of others notices in fp64
 
 
@@ -120,64 +121,76 @@ def single_gallery_shot(
 
     It is no average over some draws but the expectation over all of them: another person comes before the match with a
     probability p, its share of images that are nearer, and the rank is one more than a sum of independent events.
-    Blocks are fp32; ties go to the lower gallery index.
+    Ties go to the lower gallery index.
     """
-    _, label = ids[1].unique(return_inverse=True)
-    sums = []  # of the queries' curves, and their number
-    for block, (person, gallery_person, camera, gallery_camera) in _with_ids(blocks, ids):
-        same = gallery_person == person[:, None]
-        match = same & (gallery_camera != camera[:, None])
-        num_matches = match.sum(1)
-        query, chance = _chances_before_match(
-            _nearer_share(block, same, match, label.to(block.device)), num_matches, max_rank
-        )
-        curves = chance.cumsum(1) / num_matches[query, None]
-        sums.append(torch.cat([curves.sum(0), (num_matches > 0).sum()[None]]))
-    *curve, num_valid = gather(torch.stack(sums).sum(0, keepdim=True)).sum(0).tolist()
+    label = ids[1].unique(return_inverse=True)[1].int()
+    most = max(1, int(count_equal(ids[0], ids[1]).max()) if len(ids[0]) else 1)
+    size = max(1, COUNTS // ((most + 1) * (int(label.max()) + 1)))
+    sums = [torch.zeros(max_rank + 1, dtype=torch.float64, device=ids[0].device)]  # of curves, and how many
+    for whole, (persons, gallery_person, cameras, gallery_camera) in _with_ids(blocks, ids):
+        for block, person, camera in zip(whole.split(size), persons.split(size), cameras.split(size)):
+            same = gallery_person == person[:, None]
+            match = same & (gallery_camera != camera[:, None])
+            num_matches = match.sum(1)
+            nearer, images = _nearer_images(block, same, match, label.to(block.device))
+            query, chance = _chances_before_match(nearer, images, num_matches, max_rank)
+            curves = chance.cumsum(1) / num_matches[query, None]
+            sums.append(torch.cat([curves.sum(0), (num_matches > 0).sum()[None]]))
+    total = torch.stack([one.to(sums[-1].device) for one in sums]).sum(0, keepdim=True)
+    *curve, num_valid = gather(total).sum(0).tolist()
     if not num_valid:
         raise RetrievalError("no query has a match, so there is no CMC")
     return torch.tensor(curve, dtype=torch.float64) / num_valid
 
 
-def _nearer_share(block: Tensor, same: Tensor, match: Tensor, label: Tensor) -> Tensor:
-    """Share of each person's images that come before each match, (b, T, P) fp64; 0 for the query's own person.
+def _nearer_images(block: Tensor, same: Tensor, match: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of each person's images before each match, (b, T, P) int32, and in the gallery, (P,); 0 for the query's.
 
     Distances are block (b, G); `same` and `match` (b, G) mark the query's person and its matches, `label` (G,) is the
-    number of each image's person. Matches are in ascending order; queries with fewer than T have them first.
+    number of each image's person. Matches ascend; queries with fewer than T have them first.
     """
-    num_matches, (query, image) = match.sum(1), match.nonzero(as_tuple=True)
-    most, images = int(num_matches.max()) if len(block) else 0, torch.bincount(label)
-    bits = (block.float() + 0.0).view(torch.int32)  # + 0.0: of the two zeros one
-    bits ^= (bits >> 31) & 0x7FFFFFFF  # ascending as the numbers are
-    key = (bits.long() << 32) + torch.arange(block.shape[1], device=block.device)
+    images, num_matches = torch.bincount(label), match.sum(1)
+    most = int(num_matches.max()) if len(block) else 0
+    query, image = match.nonzero(as_tuple=True)
     place = torch.arange(len(query), device=block.device) - (num_matches.cumsum(0) - num_matches)[query]
-    matches = key.new_full((len(block), most), torch.iinfo(torch.int64).max)
-    matches[query, place] = key[query, image]
-    passed = torch.searchsorted(matches.sort(1).values, key).masked_fill_(same, most)  # matches before an image
-    row = torch.arange(len(block), device=block.device)[:, None] * (most + 1)
-    cells = ((row + passed) * len(images) + label).flatten()
+    distance = block.new_full((len(block), most), torch.inf)
+    distance[query, place] = block[query, image]
+    distance, order = distance.sort(dim=1, stable=True)
+    passed = torch.searchsorted(distance, block, out_int32=True)  # matches before an image
+    up_to = torch.searchsorted(distance, block, right=True, out_int32=True)
+    tied = ((up_to != passed) & ~same).any(1)
+    if tied.any():  # rare in features, all in coarse distances: by distance, then by index
+        index = image.new_zeros(len(block), most).index_put_((query, place), image).gather(1, order)[tied]
+        key = (passed[tied].long() + up_to[tied]) * len(label) + torch.arange(len(label), device=block.device)
+        of_match = key.gather(1, index).masked_fill_(distance[tied].isinf(), torch.iinfo(torch.int64).max)
+        passed[tied] = torch.searchsorted(of_match, key, out_int32=True)
+    passed.masked_fill_(same, most)
+    row = torch.arange(len(block), dtype=torch.int32, device=block.device)[:, None] * (most + 1)
+    cells = passed.add_(row).mul_(len(images)).add_(label).flatten()
     counts = torch.bincount(cells, minlength=len(block) * (most + 1) * len(images))
-    return counts.view(len(block), most + 1, len(images))[:, :most].cumsum(1) / images.double()
+    return counts.view(len(block), most + 1, len(images))[:, :most].cumsum(1, dtype=torch.int32), images
 
 
-def _chances_before_match(share: Tensor, num_matches: Tensor, max_rank: int) -> tuple[Tensor, Tensor]:
-    """Probability that 0, 1, ... other persons come before a match, (n, max_rank) fp64, and the match's query (n,).
+def _chances_before_match(nearer: Tensor, images: Tensor, num_matches: Tensor, max_rank: int) -> tuple[Tensor, Tensor]:
+    """Match's query (n,), and probability that 0, 1, ... other persons come before the match, (n, max_rank) fp64.
 
-    `share` is that of `_nearer_share`. Matches that are surely further back than max_rank are left out: by Chernoff's
-    bound fewer than mean persons come before with a probability of at most exp(-(mean - count)^2 / (2 mean)).
+    `nearer` and `images` are those of `_nearer_images`. Matches that are surely further back than max_rank are left
+    out: by Chernoff's bound fewer persons than the mean come before with a probability of at most
+    exp(-(mean - count)^2 / (2 mean)).
     """
-    mean, last = share.sum(2), max_rank - 1
+    mean, last = nearer.float() @ (1 / images.float()), max_rank - 1
     certain = (mean > last) & ((mean - last).square() > -2 * math.log(NEGLIGIBLE) * mean)
-    exists = torch.arange(share.shape[1], device=share.device) < num_matches[:, None]
+    exists = torch.arange(nearer.shape[1], device=nearer.device) < num_matches[:, None]
     query, match = (exists & ~certain).nonzero(as_tuple=True)
-    share = share[query, match]  # (n, P)
-    events = (share > 0).sum(1)
+    nearer = nearer[query, match]  # (n, P)
+    events = (nearer > 0).sum(1)
     order = events.argsort(descending=True, stable=True)
-    query, share, events = query[order], share[order], events[order]
-    row, person = (share > 0).nonzero(as_tuple=True)
-    packed = share.new_zeros(len(share), int(events.max()) if len(events) else 0)
-    packed[row, torch.arange(len(row), device=row.device) - (events.cumsum(0) - events)[row]] = share[row, person]
-    chance = share.new_zeros(len(share), max_rank)
+    query, nearer, events = query[order], nearer[order], events[order]
+    row, person = nearer.nonzero(as_tuple=True)
+    packed = images.new_zeros(len(nearer), int(events.max()) if len(events) else 0, dtype=torch.float64)
+    place = torch.arange(len(row), device=row.device) - (events.cumsum(0) - events)[row]
+    packed[row, place] = nearer[row, person] / images[person].double()
+    chance = packed.new_zeros(len(packed), max_rank)
     chance[:, 0] = 1
     numbers = torch.arange(packed.shape[1], device=events.device)
     for event, count in enumerate(torch.searchsorted(-events, -numbers).tolist()):  # rows with more events than that

@@ -61,11 +61,14 @@ def record(output: Path, cfg: Config, split: Split, device: "torch.device", rank
 def _describe(cfg: Config, split: Split, device: "torch.device", ranks: int) -> dict[str, Any]:
     import torch
 
+    from fusionreid.engine.distributed.numerics import describe_numerics
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "commit": commit(),
         "versions": versions(),
         "precision": cfg.SOLVER.PRECISION,
+        "numerics": describe_numerics(),
         "device": name,
         "ranks": ranks,
         "data": describe_data(split),

@@ -14,6 +14,7 @@ from fusionreid.dataloading.records import DataError, Split
 from fusionreid.engine.checkpoints.load_model import Trained, build, find_checkpoint, restore
 from fusionreid.engine.config import Config
 from fusionreid.engine.distributed import parallel
+from fusionreid.engine.distributed.numerics import set_numerics
 from fusionreid.engine.distributed.parallel import Ranks
 from fusionreid.engine.evaluation import embeddings
 from fusionreid.engine.evaluation.baselines import colour_histogram
@@ -26,7 +27,8 @@ from fusionreid.engine.evaluation.evaluator import (
     record_ids,
     split_ids,
 )
-from fusionreid.engine.evaluation.extract import ROWS_AT_ONCE, check_finite, embed, images_of, own_rows, store
+from fusionreid.engine.evaluation.extract import embed, images_of, own_rows, store
+from fusionreid.engine.evaluation.finite import ROWS_AT_ONCE, check_finite
 from fusionreid.engine.evaluation.measures import Ids
 from fusionreid.engine.evaluation.retrieval import Ranking, check_matches
 from fusionreid.engine.monitoring.manifest import describe_data
@@ -40,6 +42,7 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
     folder = output / "embeddings"
     embeddings.check_place(folder)
     ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
+    set_numerics(cfg.SOLVER.PRECISION, deterministic=cfg.PARALLEL.DETERMINISTIC)
     path = find_checkpoint(cfg)
     trained = restore(path, cfg)
     bad = BadImages(cfg.DATASETS.ON_BAD, output, ranks.main)

@@ -39,8 +39,12 @@ class EMA:
 
     def state(self) -> dict[str, Tensor]:
         """The whole average on the CPU, by entry. All ranks call it."""
+        return {name: full_tensor(t, like=like) for name, t, like in self.shards()}
+
+    def shards(self) -> list[tuple[str, Tensor, Tensor]]:
+        """Entry, local shard of its average, and the model's tensor that is sharded likewise. All ranks call it."""
         self._equalise()
-        return {name: full_tensor(t, like=like) for (name, like), t in zip(self.entries.items(), self._average)}
+        return [(name, t, like) for (name, like), t in zip(self.entries.items(), self._average)]
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned."""

@@ -1,13 +1,10 @@
 """The trainer: set-up, the loop over epochs, logs, evaluation and checkpoints; it resumes at every step."""
 
-import logging
-import math
 import signal
 import time
 from contextlib import ExitStack, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,14 +12,17 @@ from fusionreid.dataloading import read_split
 from fusionreid.dataloading.bad_images import BadImages
 from fusionreid.dataloading.loader import TestLoader, TrainLoader
 from fusionreid.dataloading.records import check_batch, scarce_persons
-from fusionreid.engine.checkpoints import checkpoint
-from fusionreid.engine.checkpoints.load_model import build, config_of
+from fusionreid.engine.checkpoints.checkpoint import step_of
+from fusionreid.engine.checkpoints.load_model import build
+from fusionreid.engine.checkpoints.store import CheckpointStore
 from fusionreid.engine.config import Config
 from fusionreid.engine.distributed import parallel, peers
+from fusionreid.engine.distributed.agreement import check_shared
 from fusionreid.engine.distributed.global_batch import check_mining
-from fusionreid.engine.evaluation.evaluator import NonFiniteError, check_cameras, evaluate, split_ids
+from fusionreid.engine.distributed.numerics import set_numerics
+from fusionreid.engine.evaluation.evaluator import check_cameras, evaluate, split_ids
 from fusionreid.engine.evaluation.extract import images_of
-from fusionreid.engine.evaluation.retrieval import Ranking, check_matches
+from fusionreid.engine.evaluation.retrieval import check_matches
 from fusionreid.engine.monitoring import manifest, memory
 from fusionreid.engine.monitoring.loggers import logger_factories
 from fusionreid.engine.monitoring.metrics import Metrics
@@ -30,21 +30,18 @@ from fusionreid.engine.monitoring.mfu import images_per_s_at_peak
 from fusionreid.engine.monitoring.profiler import Profiler
 from fusionreid.engine.monitoring.startup import Startup
 from fusionreid.engine.signals import Stop
-from fusionreid.engine.storage import StorageError, lock
+from fusionreid.engine.storage import lock
+from fusionreid.engine.training.non_finite import not_finite, refuse
 from fusionreid.engine.training.optim import Optimizer
-from fusionreid.engine.training.state import Parts, capture, restore
+from fusionreid.engine.training.resume import find
+from fusionreid.engine.training.state import StateCapture, restore
 from fusionreid.engine.training.train_step import StepReport, TrainStep
-from fusionreid.files import write_json
 from fusionreid.losses import CenterLoss
 from fusionreid.weights import load_pretrained
 
 SAVE_SECONDS = 600.0  # a checkpoint is also written at the end of an epoch that this much work would be lost with
-FAILED_SAVES = 3  # in a row end the run
-SKIPPED_STEPS = 20  # in a row, by the loss scaler of fp16
 READ_STEPS = {"cpu": 1, "cuda": 20}  # how often the host reads what the device found; no wait in between
-EVALUATION_RANKS = 1, 5, 10  # logged after each evaluation
-
-log = logging.getLogger(__name__)
+LOGGED_RANKS = 1, 5, 10  # of the CMC of each evaluation
 
 
 class Trainer:
@@ -56,13 +53,14 @@ class Trainer:
     def __init__(self, cfg: Config, startup: Startup | None = None) -> None:
         self.cfg, self.startup = cfg, startup or Startup()
         self.ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
+        set_numerics(cfg.SOLVER.PRECISION, deterministic=cfg.PARALLEL.DETERMINISTIC)
         self.output = Path(cfg.OUTPUT_DIR)
         self.stop: Stop | None = None
         self.epoch, self.step_in_epoch, self.step = 1, 0, 0
-        self.failed_saves, self.last_save = 0, time.monotonic()
+        self.evaluation_due = False  # at this very step
+        self.last_save = time.monotonic()
         with ExitStack() as opened:  # closed here if a part fails, by `close` if none does
-            if self.ranks.main:
-                opened.enter_context(lock(self.output))
+            self._open_output(opened)
             self._read_data()
             self._build_model()
             self._resume()
@@ -74,9 +72,11 @@ class Trainer:
         """Train to the last epoch, then close; SystemExit with the signal's exit code once `stop` asks for it."""
         self.stop = stop
         with self._opened:
-            if self._is_finished:
+            if self.evaluation_due:  # and cut short when this run ended
                 with self.metrics.paused():
                     self._evaluate()
+            elif self._is_finished:
+                self._say(f"this run has finished its {self.cfg.SOLVER.MAX_EPOCHS} epochs")
             while not self._is_finished:
                 self._train_epoch()
                 self._finish_epoch()
@@ -89,7 +89,14 @@ class Trainer:
         """Close logs, loader and output folder of a trainer that does not train."""
         self._opened.close()
 
-    # Set-up, in order
+    def _open_output(self, opened: ExitStack) -> None:
+        """Lock the output folder; rank 0 alone writes there, but all must see it."""
+        self.store = None
+        if self.ranks.main:
+            opened.enter_context(lock(self.output))
+            self.store = CheckpointStore(self.output / "checkpoints")
+            opened.callback(self.store.close)
+        check_shared(self.output, self.ranks)
 
     def _read_data(self) -> None:
         cfg, ranks = self.cfg, self.ranks
@@ -118,22 +125,18 @@ class Trainer:
         if cfg.MODEL.IF_WITH_CENTER:
             center_loss = CenterLoss(self.split.num_persons, model.heads[0].classifier.in_features).to(ranks.device)
         self.train_step = TrainStep(self.model, self.optimizer, cfg, ranks, center_loss)
+        self.capture = StateCapture(self.model, self.train_step, ranks)
         self.startup.lap("model")
 
     def _resume(self) -> None:
         """Go on from the newest whole checkpoint in the output folder, exactly where it was written."""
-        folder = self.output / "checkpoints"
-        if self.ranks.main:
-            checkpoint.clean(folder)
-            checkpoint.best(folder)  # a damaged mark is told now, and not by the first save
-        path = checkpoint.latest(folder)
-        if path is not None:
-            parts, state = checkpoint.load(path)
-            checkpoint.compare("the configuration", what_decides(self.cfg), what_decides(config_of(state, path)))
-            restore(parts, self.model, self.train_step)
-            self.epoch, self.step_in_epoch, self.step = state["epoch"], state["step_in_epoch"], state["step"]
+        position, tensors = find(self.store, self.cfg, self.ranks)
+        if position is not None:
+            restore(tensors, self.model, self.train_step, self.ranks)
+            self.epoch, self.step_in_epoch, self.step = position.epoch, position.step_in_epoch, position.step
+            self.evaluation_due = position.evaluation_due
             peers.goes_on_from(self.step)
-            self._say(f"resumed from {path}: epoch {self.epoch}, step {self.step_in_epoch}")
+            self._say(f"resumed from {position.path}: epoch {self.epoch}, step {self.step_in_epoch}")
         self.startup.lap("resuming")
 
     def _load_images(self, opened: ExitStack) -> None:
@@ -156,9 +159,9 @@ class Trainer:
                 self._say(note)
             settings = cfg.model_dump(mode="json")
             self.metrics = Metrics(
-                self.output, total_steps, start_step=self.step, evaluate_again=self._is_finished, startup=self.startup,
+                self.output, total_steps, start_step=self.step, evaluate_again=self.evaluation_due,
                 loggers=logger_factories(cfg.SOLVER.LOGGERS, self.output, self.step, run, settings),
-                peak_images_per_s=images_per_s_at_peak(cfg, ranks.world_size),
+                peak_images_per_s=images_per_s_at_peak(cfg, ranks.world_size), startup=self.startup,
             )  # fmt: skip
         else:
             self.metrics = Metrics(self.output, total_steps, enabled=False)
@@ -167,8 +170,6 @@ class Trainer:
         opened.callback(lambda: self.profiler.close(self.step))
         self.memory_before = memory.held()
         self.startup.lap("logs")
-
-    # The loop
 
     def _train_epoch(self) -> None:
         solver = self.cfg.SOLVER
@@ -184,7 +185,10 @@ class Trainer:
                 is_last = self.step_in_epoch == self.loader.steps(self.epoch)
                 if log_is_due or is_last or self.step % READ_STEPS[self.ranks.device.type] == 0:
                     report = self.train_step.read()  # besides the log, the only host sync
-                    self._check_finite(report)
+                    if what := not_finite(report, self.train_step.heads):
+                        self._refuse(what, report.bad_step)
+                    if self.store is not None and self.store.is_written():
+                        self._finish_writing()
                     if log_is_due:
                         self._log(report)
                     if report.stop_wanted:
@@ -195,13 +199,13 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         solver = self.cfg.SOLVER
-        evaluation_is_due = self.epoch % solver.EVAL_PERIOD == 0 or self.epoch == solver.MAX_EPOCHS
-        save_is_due = evaluation_is_due or self.epoch % solver.CHECKPOINT_PERIOD == 0 or self._much_is_unsaved()
+        self.evaluation_due = self.epoch % solver.EVAL_PERIOD == 0 or self.epoch == solver.MAX_EPOCHS
+        save_is_due = self.evaluation_due or self.epoch % solver.CHECKPOINT_PERIOD == 0 or self._much_is_unsaved()
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         with self.metrics.paused():
             if save_is_due:  # before the evaluation, which may fail
-                self._save(last=self._is_finished)
-            if evaluation_is_due:
+                self._save()
+            if self.evaluation_due:
                 self._evaluate()
 
     def _log(self, report: StepReport) -> None:
@@ -210,71 +214,46 @@ class Trainer:
         self.metrics.log(self.step, epoch=self.epoch, **losses, accuracy=report.accuracy, **update)
         self.train_step.clear()
 
-    def _check_finite(self, report: StepReport) -> None:
-        losses = {"identity": report.identity, "triplet": report.triplet}
-        bad = [
-            f"{kind} loss of head {head}"
-            for kind, values in losses.items()
-            for head, value in zip(self.train_step.heads, values)
-            if not math.isfinite(value)
-        ]
-        if bad:
-            self._report_non_finite(f"{', '.join(bad)} is not finite", report.bad_step)
-        if report.skipped >= SKIPPED_STEPS:
-            self._report_non_finite(f"the fp16 gradient overflowed {SKIPPED_STEPS} times in a row", report.bad_step)
-
-    def _report_non_finite(self, what: str, bad_step: int) -> None:
-        """Raise NonFiniteError; every rank comes here in the same step, before anything was updated or saved."""
-        first = self.step - self.step_in_epoch  # of this epoch
-        step, size = (bad_step if bad_step >= 0 else self.step - 1) - first, self.cfg.SOLVER.IMS_PER_BATCH
-        path = self.output / "non_finite.json"
-        if self.ranks.main:
-            batch = self.loader.plan(self.epoch).image[step * size : (step + 1) * size]
-            images = [self.split.train[i].path for i in batch]
-            write_json(path, {"what": what, "epoch": self.epoch, "step": step, "images": images})
-        raise NonFiniteError(
-            f"epoch {self.epoch}, step {step}: {what}; no weight was changed by it. Its images are named in {path}; "
-            "try a lower SOLVER.BASE_LR or SOLVER.PRECISION fp32"
-        )
+    def _refuse(self, what: str, bad_step: int) -> None:
+        """End the training; every rank comes here in the same step, before anything was updated or saved."""
+        step = (bad_step if bad_step >= 0 else self.step - 1) - (self.step - self.step_in_epoch)  # in this epoch
+        size = self.cfg.SOLVER.IMS_PER_BATCH
+        batch = self.loader.plan(self.epoch).image[step * size : (step + 1) * size]
+        images = [self.split.train[i].path for i in batch]
+        refuse(what, self.epoch, step, images, self.output / "non_finite.json", write=self.ranks.main)
 
     def _leave(self) -> None:
         """Save this very step and end as the signal asks; every rank comes here in the same step."""
         with self.metrics.paused():
-            self._save(last=True)
-        self._exit()
-
-    def _exit(self) -> None:
+            if not self._is_saved():
+                self._save()
+            self._finish_writing(last=True)
         parallel.finish()
         raise SystemExit(128 + ((self.stop and self.stop.flag) or signal.SIGTERM))
 
-    # Evaluation
-
     def _evaluate(self) -> None:
-        """Evaluate the weights just saved; the best checkpoint is kept whatever comes."""
+        """Evaluate the weights being saved; the best checkpoint is kept whatever comes."""
         parallel.equalise_statistics(self.model)
         ema = self.train_step.ema
         with memory.explained("evaluation", self.cfg), ema.applied() if ema else nullcontext():
             ranking = evaluate(
                 self.model, self.split, self.test_images, self.split.cameras, self.cfg, self.ranks,
-                before_batch=self._leave_evaluation_if_asked,
+                before_batch=self._leave_if_asked,
             ).ranking  # fmt: skip
         parallel.reshard(self.model)
         epoch, score = self.epoch - 1, ranking.mAP
         self.metrics.event(f"epoch {epoch}: {ranking.summary()}")
-        self.metrics.log_evaluation(self.step, epoch, measures_of(ranking, score))
-        if self.ranks.main:
-            folder = self.output / "checkpoints"
-            best = checkpoint.best(folder)
-            if not self.failed_saves and (best is None or score > best.score):
-                checkpoint.mark_best(folder, self.step, score)
+        ranks = {f"rank{k}": ranking.cmc[k - 1].item() for k in LOGGED_RANKS}
+        self.metrics.log_evaluation(self.step, epoch, {"mAP": score, **ranks, "mINP": ranking.mINP})
+        self._finish_writing(last=self._is_finished)
+        if self.store is not None:
+            self.store.evaluated(self.step, score)
+        self.evaluation_due = False
 
-    def _leave_evaluation_if_asked(self) -> None:
-        """End here if any rank was asked to stop: the checkpoint of this step is written, unless the disk was full."""
-        flag = torch.tensor(float(self.stop.flag if self.stop else 0))
-        if parallel.all_reduce_max(flag) > 0:
-            if self.failed_saves:
-                self._leave()
-            self._exit()
+    def _leave_if_asked(self) -> None:
+        """End an evaluation if any rank was asked to stop; it is made when the run goes on."""
+        if self._any_rank(bool(self.stop and self.stop.flag)):
+            self._leave()
 
     @cached_property
     def test_images(self) -> TestLoader:
@@ -284,61 +263,38 @@ class Trainer:
         self._say(images.note)
         return images
 
-    # Checkpoints
-
     def _much_is_unsaved(self) -> bool:
         """Whether rank 0's clock says so; all ranks save together."""
-        late = time.monotonic() - self.last_save > SAVE_SECONDS
-        return bool(parallel.all_reduce_max(torch.tensor(float(late and self.ranks.main), device=self.ranks.device)))
+        return self._any_rank(self.ranks.main and time.monotonic() - self.last_save > SAVE_SECONDS)
 
-    def _save(self, *, last: bool) -> None:
-        """Write a checkpoint of this very step; all ranks take part, rank 0 writes. After the last one the run ends."""
-        parts = capture(self.model, self.train_step)
+    def _is_saved(self) -> bool:
+        """Whether the checkpoint of this very step is whole; all ranks get the same answer."""
+        self._finish_writing()
+        return not self._any_rank(self.store is not None and self.store.saved_step != self.step)
+
+    def _any_rank(self, condition: bool) -> bool:
+        return bool(parallel.all_reduce_max(torch.tensor(float(condition))))
+
+    def _save(self) -> None:
+        """Capture the state of this very step, on all ranks; rank 0 writes it while training goes on."""
+        self._finish_writing()
+        tensors = self.capture()
         self.last_save = time.monotonic()
-        if self.ranks.main:
-            self._write(parts, last)
-        torch.distributed.barrier()
+        if self.store is not None:
+            state = {
+                "epoch": self.epoch, "step_in_epoch": self.step_in_epoch, "evaluation_due": self.evaluation_due,
+                "classes": self.split.num_persons, "cameras": self.split.cameras,
+                "config": self.cfg.model_dump(mode="json"),
+            }  # fmt: skip
+            self.store.save(self.step, tensors, state)
 
-    def _write(self, parts: Parts, last: bool) -> None:
-        folder = self.output / "checkpoints"
-        state = {
-            "epoch": self.epoch, "step_in_epoch": self.step_in_epoch,
-            "classes": self.split.num_persons, "cameras": self.split.cameras,
-            "config": self.cfg.model_dump(mode="json"),
-        }  # fmt: skip
-        try:
-            path = checkpoint.save(folder, self.step, parts, state)
-            checkpoint.purge(folder)
-            self.failed_saves = 0
-            peers.goes_on_from(self.step)
-            self.metrics.event(f"step {self.step}: saved {path}")
-        except StorageError as error:
-            self.failed_saves += 1
-            if last or self.failed_saves >= FAILED_SAVES or not checkpoint.checkpoints(folder):
-                raise
-            log.warning("%s; training goes on from memory", error)
+    def _finish_writing(self, *, last: bool = False) -> None:
+        """Wait for the checkpoint being written, if there is one; StorageError if the `last` one is lost."""
+        path = self.store.wait(last=last) if self.store is not None else None
+        if path is not None:
+            peers.goes_on_from(step_of(path))
+            self.metrics.event(f"step {step_of(path)}: saved {path}")
 
     def _say(self, text: str) -> None:
         if self.ranks.main:
             print(text, flush=True)
-
-
-def measures_of(ranking: Ranking, mAP: float) -> dict[str, float]:
-    """Measures that are logged after an evaluation."""
-    ranks = {f"rank{k}": ranking.cmc[k - 1].item() for k in EVALUATION_RANKS}
-    return {"mAP": mAP, **ranks, "mINP": ranking.mINP}
-
-
-def what_decides(cfg: Config) -> dict[str, Any]:
-    """The keys that a resumed run must share with the one it continues, because the weights depend on them."""
-    free = {
-        "MODEL": {"DEVICE", "PRETRAIN_PATH", "PRETRAIN_PATH_R", "PRETRAIN_PATH_T"},
-        "INPUT": {"SIZE_TEST"},
-        "DATASETS": {"ROOT_DIR", "ON_BAD"},
-        "DATALOADER": {"NUM_WORKERS", "CACHE"},
-        "SOLVER": {"CHECKPOINT_PERIOD", "EVAL_PERIOD", "LOG_PERIOD", "LOGGERS", "PROFILE"},
-        "PARALLEL": {"CHECKPOINT", "COMPILE", "GRAPH", "SHARD"},
-    }
-    values = cfg.model_dump(mode="json")
-    return {f"{section}.{key}": value for section in free for key, value in values[section].items()
-            if key not in free[section]}  # fmt: skip

@@ -28,8 +28,8 @@ def test_workers_leave_signals_to_their_parent(split):
     batches = train.batches(0)
     next(batches), next(batches)  # one from each: both are up
     for pid in worker_pids(train):
-        os.kill(pid, signal.SIGTERM)
-        os.kill(pid, signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(pid, number)
     assert len(list(batches)) == train.steps(0) - 2
     assert len(list(train.batches(1))) == train.steps(1)
     train.close()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fusionreid.dataloading.dataset_warnings import few_persons
 from fusionreid.dataloading.records import DataError, Record, Split, check_batch, scarce_persons
 from tests import ROOT
 
@@ -126,3 +127,14 @@ def test_a_lying_header_costs_no_memory(tmp_path):
     assert found[0] == "its header says 5001 x 5001 pixels, more than 25,000,000"
     assert [fault[:15] for fault in found] == ["its header says"] * len(bombs)
     assert int(growth) < 50 * 1024  # KiB
+
+
+@pytest.mark.parametrize(("query", "gallery", "warning"), [
+    ((7,), (7, 7), "one person only: every match is right"), ((7, 7), (7, 8), "all queries show one person"),
+    ((7, 8), (7, 8), ""),
+])  # fmt: skip
+def test_a_test_set_that_measures_nothing_is_warned_of(query, gallery, warning: str) -> None:
+    records = [tuple(Record(f"{part}{i}.jpg", person, i) for i, person in enumerate(persons))
+               for part, persons in (("q", query), ("g", gallery))]  # fmt: skip
+    split = Split("own", "/data", (Record("t.jpg", 1, 0),), *records)
+    assert [warning in line for line in few_persons(split)] == [True] * bool(warning)

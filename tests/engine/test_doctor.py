@@ -165,3 +165,12 @@ def test_a_checkpoint_that_training_would_refuse_is_wrong_here_too(root, tmp_pat
         assert verdicts(told)["checkpoint"] == "WRONG"
         row = next(line for line in refused.splitlines() if line.startswith(f"  {key.replace('__', '.')}"))
         assert row.strip() in told
+
+
+def test_a_test_set_of_one_person_is_a_warning_and_not_ok(tmp_path, capfd):
+    one = {"DATASETS__SYNTHETIC__TEST_PERSONS": 1}
+    assert main(arguments(tmp_path / "data", tmp_path / "out", **one)) == 0
+    text, errors = capfd.readouterr()
+    assert verdicts(text)["test"] == "warning"
+    assert text.count("all queries show one person: the results are of that person") == 1
+    assert "WARNING synthetic: all queries show one person" in errors  # as train and evaluate say it too

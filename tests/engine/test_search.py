@@ -1,5 +1,8 @@
 """A search that cannot be, or means little, says so."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 from fusionreid.dataloading import Record
 from fusionreid.engine.evaluation import embeddings
 from fusionreid.engine.search import main as search
+from tests import ROOT
 
 
 @pytest.mark.parametrize(("argument", "text"), [
@@ -34,3 +38,21 @@ def test_features_of_two_models_are_not_compared_in_silence(tmp_path: Path, capl
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     assert search(["--query", one, "--gallery", two]) == 0
     assert "their cosines mean little: TEST.FEAT 0 and 1" in caplog.text
+
+
+def test_a_search_of_stored_vectors_and_a_report_load_nothing_that_only_a_model_needs(tmp_path: Path) -> None:
+    records = Record("a.jpg", -1, -1), Record("b.jpg", -1, -1)
+    embeddings.save(tmp_path / "one", torch.eye(2, 3), records, 0, {})
+    result = {"mAP": 0.5, "mINP": 0.5, "cmc": [0.5, 1.0], "valid_queries": 2}
+    (tmp_path / "metrics.json").write_text(json.dumps({"data": "own", "results": {"FusionReID": result}}))
+    (tmp_path / "run.yml").write_text("")
+    one = str(tmp_path / "one")
+    report = ["--config_file", f"{tmp_path}/run.yml", "OUTPUT_DIR", str(tmp_path)]
+    for command, argv, absent in (
+        ("search", ["--query", one, "--gallery", one], {"torchvision", "timm"}),
+        ("report", report, {"torch", "torchvision", "timm", "triton"}),
+    ):
+        script = f"import sys; from fusionreid.engine.cli import main; code = main({[command, *argv]}); "
+        script += f"sys.exit(code or ', '.join({absent} & set(sys.modules)) or 0)"
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr

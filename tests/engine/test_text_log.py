@@ -83,3 +83,21 @@ def test_the_rank_is_named_where_there_are_several(tmp_path: Path, argv) -> None
     text = (tmp_path / "out/log.txt").read_text()
     assert "[rank 0] odd" in text
     assert "[rank 1]" not in text
+
+
+def test_no_name_of_a_file_is_a_command_to_the_terminal(argv, capsys) -> None:
+    """ESC could clear the screen, and a mark of direction show `gpj.exe` as `exe.jpg`."""
+    name = "a\x1b[2J\u202egpj\x07\x9b.exe"
+
+    def say(cfg) -> None:
+        Path(cfg.OUTPUT_DIR).mkdir()
+        print(name, "größe\t1")
+        log.warning("odd %s", name)
+        raise StorageError(name)
+
+    assert command.run(Command(say, "", "", []), argv) == 4
+    out, err = capsys.readouterr()
+    for text in (out, err, (Path(argv[-1]) / "log.txt").read_text()):
+        assert r"a\x1b[2J\u202egpj\x07\x9b.exe" in text
+        assert not {"\x1b", "\u202e", "\x07", "\x9b"} & set(text)
+    assert "größe\t1\n" in out

@@ -63,6 +63,26 @@ def test_rows_of_more_images():
     assert (out - reference.augment(**inputs, **SETTINGS)[:4]).abs().max() < 2e-6
 
 
+def test_parameters_may_be_strided():
+    inputs = batch(5)
+    inputs["erase"][:] = torch.tensor([2, 3, 10, 5])
+    inputs["rows"] = torch.tensor([4, 0, 3, 3, 1])
+    strided = {name: torch.stack((tensor, tensor.flip(0)), dim=-1)[..., 0] for name, tensor in inputs.items()}
+    strided["images"] = inputs["images"].mT.contiguous().mT
+    assert not any(tensor.is_contiguous() for tensor in strided.values())
+    assert torch.equal(augment(**strided, **SETTINGS), augment(**inputs, **SETTINGS))
+
+
+@pytest.mark.parametrize("row", [-1, 2, 2**40])
+def test_a_row_that_does_not_exist_is_no_image(row):
+    inputs = first(batch(2)) | {"images": torch.full((2, 24, 11, 3), 9, dtype=torch.uint8), "rows": torch.tensor([row])}
+    if _path.triton_on_cpu or torch.cuda.is_available():
+        assert augment(**inputs, **SETTINGS).isnan().all()
+    else:
+        with pytest.raises(ValueError, match=r"augment: rows must lie in 0\.\.1, got"):
+            augment(**inputs, **SETTINGS)
+
+
 def test_memory_serves_again_only_once_nothing_refers_to_it():
     if _path.triton_on_cpu or torch.cuda.is_available():
         pytest.skip("the allocator of a GPU does this")
@@ -121,7 +141,7 @@ def test_normalize():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": torch.zeros(1, 3, 4, 4)}, "must be \\(B, H, W, 3\\) uint8, got \\(1, 3, 4, 4\\) torch.float32"),
+        ({"images": torch.zeros(1, 3, 4, 4)}, "must be \\(N, H, W, 3\\) uint8, got \\(1, 3, 4, 4\\) torch.float32"),
         ({"flip": torch.zeros(2, dtype=torch.bool)}, "flip must be \\(1,\\)"),
         ({"flip": torch.zeros(1, dtype=torch.int64)}, "flip must be bool"),
         ({"shift": torch.zeros(1, 2)}, "shift must be \\(1, 2\\) whole numbers"),
@@ -131,6 +151,9 @@ def test_normalize():
         ({"rows": torch.zeros(2, dtype=torch.int64)}, "flip must be \\(2,\\)"),
         ({"std": (0.5, 0.5)}, "mean and std must be three numbers each"),
         ({"std": (0.5, 0.5, 0.0)}, "std above 0"),
+        ({"std": (0.5, 0.5, float("nan"))}, "all of them finite"),
+        ({"mean": (0.5, 0.5, float("inf"))}, "all of them finite"),
+        ({"dtype": torch.uint8}, "dtype must be floating, got torch.uint8"),
         ({"seed": -1}, "seed and epoch"),
     ],
 )

@@ -1,9 +1,11 @@
 """The manual is true: every link leads somewhere, every command parses, every snippet runs, every key is explained."""
 
+import ast
 import re
 import shlex
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -77,3 +79,24 @@ def test_the_reference_explains_every_key() -> None:
         assert f"`{key}`" in text, key
     for row in re.findall(r"^\| `.*\|$", text, re.MULTILINE):
         assert row.split("|")[-2].strip(), f"no meaning: {row}"
+
+
+def test_troubleshooting_quotes_messages_of_the_program() -> None:
+    sources = [path for room in ("engine", "dataloading", "fusionreid") for path in (ROOT / room).rglob("*.py")]
+    texts = "\0".join(text for path in sources for text in messages(path))
+    quoted = re.findall(r"^### `(.*)`$", PAGES["troubleshooting.md"], re.MULTILINE)
+    assert len(quoted) > 30
+    for quote in quoted:
+        for part in filter(None, (part.strip() for part in quote.split("…"))):
+            assert part in texts, f"no message has: {part}"
+
+
+def messages(path: Path) -> list[str]:
+    """The texts of a module, those of f-strings with a mark for what is filled in."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(v.value if isinstance(v, ast.Constant) else "\1" for v in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return found

@@ -131,7 +131,9 @@ def test_files_of_a_host_with_another_disk_are_missed(folder: Path) -> None:
     here = embeddings.write_rows(folder, [FEATURES[:4]], (4, 4), (0, 2))
     there = embeddings.write_rows(folder, [FEATURES[4:]], (3, 4), (1, 2))
     (folder.with_name(f".{folder.name}.new") / there.name).unlink()
-    with pytest.raises(OutputFolderError, match=r"disk that all hosts share.*does not see features-00001-of-00002"):
+    with pytest.raises(
+        OutputFolderError, match=r"disk that all hosts share, and is not.*does not see features-00001-of-00002"
+    ):
         embeddings.finish(folder, embeddings.index_of([here, there], 4, RECORDS, 0, {}))
     assert torch.equal(embeddings.load(folder).features, FEATURES)
 

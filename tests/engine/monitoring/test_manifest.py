@@ -36,7 +36,7 @@ def test_everything_a_run_was_made_from(tmp_path: Path, split: Split) -> None:
     assert note == ""
     found = read(tmp_path)
     assert found.keys() == {"run", "started", "step", "commit", "versions", "precision", "device", "ranks", "data",
-                            "config", "earlier"}  # fmt: skip
+                            "numerics", "config", "earlier"}  # fmt: skip
     assert (found["run"], found["ranks"], found["precision"], found["earlier"]) == (run, 2, "fp32", [])
     assert Config.from_dict(found["config"]) == cfg
     assert found["versions"]["torch"] == torch.__version__

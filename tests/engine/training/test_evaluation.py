@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,7 @@ def test_a_signal_ends_an_evaluation_at_its_next_batch(
     def interrupted(*args: object, **options: object) -> object:
         embedded.append(len(embedded))
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)  # a thread reads signals
         return embed(*args, **options)
 
     monkeypatch.setattr(extract, "feature_vectors", interrupted)

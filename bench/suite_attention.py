@@ -25,6 +25,7 @@ Pair = tuple[Tensor, ...]
 
 
 def cases(settings: Settings) -> list[Case]:
+    """List the cases of a size."""
     images, *tokens, heads, width = SIZES[settings.size]
     dtype = str(settings.dtype).removeprefix("torch.")
     both = [1 + n for n in tokens]
@@ -41,7 +42,7 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def launches() -> Iterator[Launch]:
-    """The kernels at the sizes of the model; the last ones are those of 384 x 128 pixels."""
+    """List the kernels' launches at the sizes of the model; the last ones are those of 384 x 128 pixels."""
     images, *_, heads, width = SIZES["full"]
     for tokens in (129, 211, 193):
         yield from _self_attention_launches(images, tokens, heads, width)
@@ -71,7 +72,7 @@ def _self_attention_launches(images: int, tokens: int, heads: int, width: int) -
 
 
 def class_launches(images: int, lengths: Sequence[int], heads: int, width: int, dtype: torch.dtype) -> Iterator[Launch]:
-    """The tokens lie behind a class token, and what a query absorbs lies as its product leaves it: heads outermost."""
+    """List the launches of class attention: tokens behind a class token, absorbed queries with heads outermost."""
     inner = heads * width
     tokens = [torch.zeros(1, 1 + n, inner, dtype=dtype)[:, 1:] for n in lengths]
     absorbed = [torch.zeros(heads, 1, inner, dtype=dtype).transpose(0, 1) for _ in lengths]
@@ -94,6 +95,7 @@ def class_launches(images: int, lengths: Sequence[int], heads: int, width: int, 
 
 @contextmanager
 def self_attention(settings: Settings, lengths: Sequence[int], backward: bool) -> Iterator[Work]:
+    """Prepare self-attention and its alternatives."""
     images, *_, heads, width = SIZES[settings.size]
     inputs = [_random(settings, images, n, 3, heads, width, grad=backward) for n in lengths]
     one_stream: dict[str, Callable[[Tensor], Tensor]] = {
@@ -119,6 +121,7 @@ def self_attention(settings: Settings, lengths: Sequence[int], backward: bool) -
 
 @contextmanager
 def class_attention(settings: Settings, lengths: Sequence[int], backward: bool) -> Iterator[Work]:
+    """Prepare class attention and its alternatives."""
     images, *_, heads, width = SIZES[settings.size]
     inner = heads * width
     streams, inputs = [], []
@@ -143,23 +146,25 @@ def class_attention(settings: Settings, lengths: Sequence[int], backward: bool) 
 
 
 def sdpa_on_views(qkv: Tensor, scale: float | None = None) -> Tensor:
+    """Attend by torch's own op on views of the packed projection."""
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
 
 
 def sdpa_on_copies(qkv: Tensor, scale: float | None = None) -> Tensor:
+    """Attend by torch's own op on contiguous copies."""
     return sdpa_on_views(qkv.permute(2, 0, 3, 1, 4).contiguous().permute(1, 3, 0, 2, 4), scale)
 
 
 def plain_self_attention(qkv: Tensor, scale: float | None = None) -> Tensor:
-    """As the published module computes it."""
+    """Attend as the published module does."""
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     scores = query @ key.transpose(-2, -1) * (qkv.shape[-1] ** -0.5 if scale is None else scale)
     return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
 
 
 def projected_class_attention(stream: ClassStream, scale: float | None = None) -> Tensor:
-    """With keys and values of every token."""
+    """Attend with keys and values of every token."""
     heads = stream.query.shape[1:]
     keys = F.layer_norm(stream.tokens, stream.norm_weight.shape, stream.norm_weight, stream.norm_bias, stream.norm_eps)
     keys = F.linear(keys, stream.key_weight).unflatten(-1, heads).transpose(1, 2)  # (B, H, N, D)
@@ -168,6 +173,7 @@ def projected_class_attention(stream: ClassStream, scale: float | None = None) -
 
 
 def flex(qkv: Tensor) -> Tensor:
+    """Attend by FlexAttention."""
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     return flex_attention(query, key, value).transpose(1, 2).flatten(2)
 

@@ -1,4 +1,4 @@
-"""From features to mAP, mINP and CMC, to neighbours and to re-ranked distances, against the ways others do it.
+"""Evaluation: features to mAP, mINP and CMC, to neighbours and to re-ranked distances, against other ways.
 
 Q queries, G gallery, D width. What is not installed of faiss and torchmetrics is left out.
 """
@@ -56,6 +56,7 @@ Measures = Callable[..., Tensor]
 
 
 def cases(settings: Settings) -> list[Case]:
+    """List the cases of a size."""
     found = []
     for sizes in SIZES[settings.size][: None if settings.device.type == "cuda" else 1]:  # MSMT17 is for a GPU
         shape = "Q {}, G {}, D {}, float32".format(*sizes)
@@ -77,7 +78,7 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def launches() -> Iterator[Launch]:
-    """The kernels of exact ranks at the size of MSMT17, the gallery a span at a time."""
+    """List the launches of exact ranks at the size of MSMT17, the gallery a span at a time."""
     queries, gallery, width, *_ = SIZES["full"][-1]
     images, span, tile = queries + gallery, int8.SPAN, int8.TILE
     features = torch.zeros(tile, width)
@@ -114,7 +115,7 @@ def launches() -> Iterator[Launch]:
 def made_up(
     settings: Settings, queries: int, gallery: int, width: int, persons: int, cameras: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Unit features of query and gallery, persons about as far apart as a trained model puts them; persons, cameras."""
+    """Make up unit features with persons about as far apart as a trained model puts them, their persons and cameras."""
     ids = [torch.randint(top, (count,), device=settings.device)
            for top in (persons, cameras) for count in (queries, gallery)]  # fmt: skip
     centers = torch.randn(persons, width, device=settings.device)
@@ -126,6 +127,7 @@ def made_up(
 
 @contextmanager
 def evaluation(settings: Settings, *sizes: int) -> Iterator[Work]:
+    """Prepare an evaluation and its alternatives."""
     features, ids = made_up(settings, *sizes)
     measures: dict[str, Measures] = {"ours": ours, "argsort in torch, blocks": sorted_blocks}
     if settings.device.type == "cuda":
@@ -141,7 +143,7 @@ def evaluation(settings: Settings, *sizes: int) -> Iterator[Work]:
 
 @contextmanager
 def beside_product(settings: Settings, *sizes: int) -> Iterator[Work]:
-    """Two providers that do not do the same: how much of the whole is its product. Without structure, worst, too."""
+    """Prepare ranks and the product alone, which is a part of them, also for features without any structure."""
     features, ids = made_up(settings, *sizes)
     noise = [F.normalize(torch.randn_like(x)) for x in features]
     providers: dict[str, Callable[[], object]] = {
@@ -155,7 +157,7 @@ def beside_product(settings: Settings, *sizes: int) -> Iterator[Work]:
 
 @contextmanager
 def reranking_beside(settings: Settings, *sizes: int) -> Iterator[Work]:
-    """The product of all pairs of images, each pair once."""
+    """Prepare re-ranking and the product of all pairs of images alone, each pair once."""
     (query, gallery), _ = made_up(settings, *sizes)
     images = torch.cat([query, gallery])
     half = images[: len(images) // 2]  # as many pairs
@@ -168,6 +170,7 @@ def reranking_beside(settings: Settings, *sizes: int) -> Iterator[Work]:
 
 @contextmanager
 def mean_precision(settings: Settings, *sizes: int) -> Iterator[Work]:
+    """Prepare the mAP alone and its alternatives."""
     features, ids = made_up(settings, *sizes)
 
     def torchmetrics() -> Tensor:
@@ -187,6 +190,7 @@ def mean_precision(settings: Settings, *sizes: int) -> Iterator[Work]:
 
 @contextmanager
 def nearest(settings: Settings, *sizes: int) -> Iterator[Work]:
+    """Prepare the search of nearest neighbours and its alternatives."""
     (query, gallery), _ = made_up(settings, *sizes)
 
     def topk() -> Tensor:
@@ -210,6 +214,7 @@ def nearest(settings: Settings, *sizes: int) -> Iterator[Work]:
 
 @contextmanager
 def reranking(settings: Settings, *sizes: int) -> Iterator[Work]:
+    """Prepare k-reciprocal re-ranking and its alternatives."""
     (query, gallery), _ = made_up(settings, *sizes)
     providers = {
         "ours": lambda: k_reciprocal(query, gallery, K1, K2, WEIGHT, metric="euclidean").cpu(),
@@ -219,6 +224,6 @@ def reranking(settings: Settings, *sizes: int) -> Iterator[Work]:
 
 
 def ours(*arguments: Tensor) -> Tensor:
-    """mAP, mINP, CMC at 1 to MAX_RANK."""
+    """Evaluate by our ranks: mAP, mINP, CMC at 1 to MAX_RANK."""
     ranking = rank(*arguments, metric="euclidean", max_rank=MAX_RANK)
     return torch.tensor([ranking.mAP, ranking.mINP, *ranking.cmc.tolist()])

@@ -1,4 +1,4 @@
-"""What a case is, and how its providers are measured: checked against each other first, then in interleaved rounds.
+"""Cases, and how their providers are measured: checked against each other first, then in interleaved rounds.
 
 On a GPU a call is captured as a CUDA graph, if it can be, and its replay is timed between two CUDA events: with a cold
 L2, and once more with what the call itself has left there. On a CPU the clock tells, and the caches hold whatever the
@@ -33,13 +33,15 @@ class WrongResultError(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
+    """Size of the cases and the device that they run on."""
+
     size: str  # quick, default or full
     device: torch.device
     compile: bool = False  # also time a compiled version of the plain alternative
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations: what training uses on the device."""
+        """Dtype of activations that training uses on the device."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
 
@@ -58,6 +60,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
+    """One comparison: its name, its sizes and what makes it ready."""
+
     name: str
     shape: str  # sizes and dtype
     setup: Callable[[], AbstractContextManager[Work]]
@@ -65,6 +69,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Measurement:
+    """How long one provider took, and what it needed."""
+
     provider: str
     rounds: int
     median_ms: float
@@ -106,7 +112,7 @@ def measure(case: Case, settings: Settings, seconds: float) -> tuple[Work, list[
 
 
 def check(case: str, work: Work) -> Work:
-    """Every result against the first one's: same shapes, all finite, equal within the tolerance.
+    """Check every result against the first one's: same shapes, all finite, equal within the tolerance.
 
     An alternative that cannot run here, for want of memory or of a kernel, is named and left out.
     """
@@ -148,7 +154,7 @@ def _measurement(name: str, times: list[float], warm: list[float], peak_gib: flo
 
 
 def clock(device: torch.device, *, flush: bool = True) -> Callable[[Callable[[], object]], float]:
-    """A function that tells how many ms a call takes; on a GPU `flush` empties the L2 first."""
+    """Make a function that tells how many ms a call takes; on a GPU `flush` empties the L2 first."""
     if device.type != "cuda":
         return _cpu_clock
     if flush:

@@ -33,7 +33,7 @@ from fusionreid.engine.evaluation.measures import Ids
 from fusionreid.engine.evaluation.retrieval import Ranking, check_matches
 from fusionreid.engine.monitoring.manifest import describe_data
 from fusionreid.engine.reporting.attention import attention_maps
-from fusionreid.engine.reporting.summary import add_details, show, shown_queries, write_results
+from fusionreid.engine.reporting.summary import add_details, shown_queries, write_report, write_results
 
 
 def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
@@ -71,7 +71,7 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
     with torch.compiler.set_stance("force_eager"):  # the maps are read by hooks, which compiled blocks don't call
         maps = attention_maps(model, shown_queries(rankings["FusionReID"], split.query), cameras, cfg, ranks)
     if ranks.main:
-        show(cfg, split, features, ids, rankings["FusionReID"], maps)
+        write_report(cfg, split, features, ids, rankings["FusionReID"], maps)
     parallel.finish()
 
 

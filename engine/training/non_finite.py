@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusionreid.engine.evaluation.extract import NonFiniteError
+from fusionreid.engine.evaluation.finite import NonFiniteError
 from fusionreid.engine.training.train_step import StepReport
 from fusionreid.files import write_json
 

@@ -13,7 +13,8 @@ from fusionreid.dataloading.records import Record
 from fusionreid.engine.config import Config
 from fusionreid.engine.distributed import parallel
 from fusionreid.engine.evaluation import embeddings
-from fusionreid.engine.evaluation.extract import NonFiniteError, embed, embedded_batches, images_of, own_rows, store
+from fusionreid.engine.evaluation.extract import embed, embedded_batches, images_of, own_rows, store
+from fusionreid.engine.evaluation.finite import NonFiniteError
 from fusionreid.model import Outputs
 from tests.ranks import config
 

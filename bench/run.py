@@ -7,15 +7,12 @@ all that were kept and which of them are stale.
 import argparse
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from hashlib import blake2b
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +22,10 @@ if __name__ == "__main__":  # a script's own folder must not hide modules, and i
 import torch
 
 from bench.ceilings import Ceilings, measure_ceilings
+from bench.machine import ROOT, machine
 from bench.timing import Case, Measurement, Settings, Work, WrongResultError, measure
 
 SUITES = ("attention", "triplet", "evaluation", "loader", "step")
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
 SECONDS_PER_CASE = 8.0
 H200 = Ceilings(bytes_per_s=4.3e12, operations_per_s=790e12)
@@ -165,20 +162,6 @@ def builds(suite: str) -> list[Row]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def machine(device: torch.device) -> Row:
-    """Describe the device and the versions that a number belongs to."""
-    gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
-        "driver": _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else "",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "commit": _answer("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }
-
-
 def digest(suite: str) -> str:
     """Digest the sources under test and the suite, where their alternatives are written."""
     content = blake2b(digest_size=8)
@@ -230,28 +213,6 @@ def table(rows: Iterable[Row], columns: Mapping[str, Callable[[Row], str]]) -> s
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return found[1].strip() if found else f"{platform.system()} {platform.machine()} CPU"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def _answer(*command: str) -> str:
-    """Return the first line that a program prints, empty if it cannot run."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip().split("\n")[0]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ L2, and once more with what the call itself has left there. On a CPU the clock t
 other providers have left.
 """
 
-import ctypes
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from bench.peak_memory import peak_gib
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # largest error relative to the largest value
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 200
@@ -88,7 +89,7 @@ def measure(case: Case, settings: Settings, seconds: float) -> tuple[Work, list[
     # A backward pass runs where its forward pass ran, and no graph can be captured on the default stream.
     with torch.cuda.stream(torch.cuda.Stream()) if gpu else nullcontext(), case.setup() as work:
         work = check(case.name, work)
-        peaks = {name: _peak_gib(call, settings.device) for name, call in work.providers.items()}
+        peaks = {name: peak_gib(call, settings.device) for name, call in work.providers.items()}
         replays = _replays(work) if gpu else {}
         calls = {**work.providers, **replays}
         cold, warm = clock(settings.device), clock(settings.device, flush=False)
@@ -222,31 +223,3 @@ def _waits(call: Callable[[], object]) -> bool:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return False
-
-
-def _peak_gib(call: Callable[[], object], device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return _resident_peak_gib(call)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
-
-
-def _resident_peak_gib(call: Callable[[], object]) -> float | None:
-    """By how much the resident set grew at most, once the C library has given back what it kept; on Linux only."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    except (AttributeError, OSError):
-        return None
-    before = _resident_kib("VmRSS")
-    call()
-    return (_resident_kib("VmHWM") - before) / 2**20
-
-
-def _resident_kib(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))

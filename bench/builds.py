@@ -153,9 +153,19 @@ def _inspect(kernel: Any, grid: int, capability: int) -> Build:
     meta, ttgir = kernel.metadata, kernel.asm["ttgir"]
     instructions = Counter(name + " RS" * bool(of_registers) for name, of_registers in MATRIX_INSTRUCTION.findall(code))
     return Build(
-        meta.name, capability, meta.num_warps, registers, stack, local, meta.shared, dict(sorted(instructions.items())),
-        bool(PRODUCT.search(kernel.asm["ttir"])), grid, wait_depth(ttgir), waiting_turns(ttgir),
-    )  # fmt: skip
+        meta.name,
+        capability,
+        meta.num_warps,
+        registers,
+        stack,
+        local,
+        meta.shared,
+        dict(sorted(instructions.items())),
+        bool(PRODUCT.search(kernel.asm["ttir"])),
+        grid,
+        wait_depth(ttgir),
+        waiting_turns(ttgir),
+    )
 
 
 def _cuobjdump(*arguments: str) -> str:
@@ -183,14 +193,27 @@ def _rows(number: int) -> list[dict[str, Any]]:
     launch, capability = _jobs[number]
     found = builds(launch.call, capability)
     return [
-        {"launch": launch.name, "bytes": launch.bytes_moved, "operations": launch.operations, **asdict(build),
-         "programs": build.programs, "fits": build.fits,
-         "predicted_s": predicted_s(
-             capability, launch.bytes_moved, launch.operations, tensor_share(build.matrix_instructions, capability),
-             build.grid * launch.copies, build.programs, build.waiting_turns,
-         ) if len(found) == 1 else None}
+        {
+            "launch": launch.name,
+            "bytes": launch.bytes_moved,
+            "operations": launch.operations,
+            **asdict(build),
+            "programs": build.programs,
+            "fits": build.fits,
+            "predicted_s": predicted_s(
+                capability,
+                launch.bytes_moved,
+                launch.operations,
+                tensor_share(build.matrix_instructions, capability),
+                build.grid * launch.copies,
+                build.programs,
+                build.waiting_turns,
+            )
+            if len(found) == 1
+            else None,
+        }
         for build in found
-    ]  # fmt: skip
+    ]
 
 
 if __name__ == "__main__":

@@ -22,9 +22,13 @@ def product_alone(query: Tensor, gallery: Tensor) -> None:
 
 @torch.no_grad()
 def sorted_blocks(
-    query: Tensor, gallery: Tensor, query_persons: Tensor, gallery_persons: Tensor, query_cameras: Tensor,
+    query: Tensor,
+    gallery: Tensor,
+    query_persons: Tensor,
+    gallery_persons: Tensor,
+    query_cameras: Tensor,
     gallery_cameras: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Evaluate without a loop over queries, on any device; memory grows with a block of the matrix."""
     squares, parts = gallery.square().sum(1), []
     for x, person, camera in zip(*(t.split(BLOCK) for t in (query, query_persons, query_cameras))):

@@ -152,8 +152,12 @@ def plain_step(
         if p.requires_grad:
             groups.setdefault(group_of(name, solver), []).append(p)
     optimizer = torch.optim.SGD(
-        [{"params": parameters, "lr": learning_rate(1, rate, solver), "weight_decay": decay}
-         for (rate, decay), parameters in groups.items()], momentum=solver.MOMENTUM)  # fmt: skip
+        [
+            {"params": parameters, "lr": learning_rate(1, rate, solver), "weight_decay": decay}
+            for (rate, decay), parameters in groups.items()
+        ],
+        momentum=solver.MOMENTUM,
+    )
     draws = Draws(model, solver.SEED, torch.arange(len(batch.images), device=device))
 
     def step(exact: bool) -> list[Tensor]:

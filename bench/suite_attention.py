@@ -66,9 +66,12 @@ def _self_attention_launches(images: int, tokens: int, heads: int, width: int) -
 
     yield Launch(f"{name}, forward", partial(launch, forward, qkv, 1.0), bytes_moved * 4 / 3, operations, images)
     yield Launch(
-        f"{name}, backward", partial(launch, backward, qkv, out, out, lse, 1.0), bytes_moved * 8 / 3, 2.5 * operations,
+        f"{name}, backward",
+        partial(launch, backward, qkv, out, out, lse, 1.0),
+        bytes_moved * 8 / 3,
+        2.5 * operations,
         images,
-    )  # fmt: skip
+    )
 
 
 def class_launches(images: int, lengths: Sequence[int], heads: int, width: int, dtype: torch.dtype) -> Iterator[Launch]:
@@ -87,10 +90,20 @@ def class_launches(images: int, lengths: Sequence[int], heads: int, width: int, 
     moved = images * sum(t.numel() * t.element_size() for t in tokens)
     small = images * sum(t.nbytes for t in absorbed)
     operations = images * sum(4 * heads * inner * n for n in lengths)
-    yield Launch(f"{name}, forward", lambda: forward(tokens, absorbed, vectors, vectors, [1e-5, 1e-5], 1.0, True),
-                 moved + 2 * small, operations, images)  # fmt: skip
-    yield Launch(f"{name}, backward", lambda: backward(tokens, absorbed, vectors, saved, absorbed, 1.0),
-                 2 * moved + 4 * small, 2 * operations, images)  # fmt: skip
+    yield Launch(
+        f"{name}, forward",
+        lambda: forward(tokens, absorbed, vectors, vectors, [1e-5, 1e-5], 1.0, True),
+        moved + 2 * small,
+        operations,
+        images,
+    )
+    yield Launch(
+        f"{name}, backward",
+        lambda: backward(tokens, absorbed, vectors, saved, absorbed, 1.0),
+        2 * moved + 4 * small,
+        2 * operations,
+        images,
+    )
 
 
 @contextmanager
@@ -126,9 +139,13 @@ def class_attention(settings: Settings, lengths: Sequence[int], backward: bool) 
     inner = heads * width
     streams, inputs = [], []
     for n in lengths:
-        tensors = [_random(settings, images, heads, width), _random(settings, images, n, inner),
-                   _random(settings, inner), _random(settings, inner),
-                   *(_random(settings, inner, inner, deviation=inner**-0.5) for _ in range(2))]  # fmt: skip
+        tensors = [
+            _random(settings, images, heads, width),
+            _random(settings, images, n, inner),
+            _random(settings, inner),
+            _random(settings, inner),
+            *(_random(settings, inner, inner, deviation=inner**-0.5) for _ in range(2)),
+        ]
         query, x, weight, bias, key_weight, value_weight = tensors
         streams.append(ClassStream(query, x, weight, bias, 1e-5, key_weight, value_weight))
         inputs += [query, x, weight, key_weight, value_weight]  # the bias has no gradient: it cancels
@@ -213,6 +230,7 @@ def _work(
         providers = {name: partial(forward, function) for name, function in functions.items()}
         return Work(providers, TOLERANCE[settings.dtype], read + written, operations)
     results = {name: function(*arguments) for name, function in functions.items()}
-    providers = {name: partial(torch.autograd.grad, out, inputs, upstream, retain_graph=True)
-                 for name, out in results.items()}  # fmt: skip
+    providers = {
+        name: partial(torch.autograd.grad, out, inputs, upstream, retain_graph=True) for name, out in results.items()
+    }
     return Work(providers, TOLERANCE[settings.dtype], 2 * (read + written), operations)

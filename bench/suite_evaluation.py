@@ -102,11 +102,21 @@ def launches() -> Iterator[Launch]:
     yield Launch(
         "integers", lambda: int8.split_rows(rows, index), 7 * images * width, 12 * images * width, images // tile
     )
-    yield Launch("counts of one span", count, 3 * (queries + span) * width, 12 * queries * span * width,
-                 queries * span // tile**2)  # fmt: skip
+    yield Launch(
+        "counts of one span",
+        count,
+        3 * (queries + span) * width,
+        12 * queries * span * width,
+        queries * span // tile**2,
+    )
     queries = neighbours.QUERIES
-    yield Launch("nearest of one span", append, 3 * (queries + span) * width, 12 * queries * span * width,
-                 queries * span // tile**2)  # fmt: skip
+    yield Launch(
+        "nearest of one span",
+        append,
+        3 * (queries + span) * width,
+        12 * queries * span * width,
+        queries * span // tile**2,
+    )
     yield Launch(
         "fp64 distance of a pair", lambda: exact.exact_distances(rows, rows, index, index), 8 * width, 5 * width
     )
@@ -116,12 +126,16 @@ def made_up(
     settings: Settings, queries: int, gallery: int, width: int, persons: int, cameras: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Make up unit features with persons about as far apart as a trained model puts them, their persons and cameras."""
-    ids = [torch.randint(top, (count,), device=settings.device)
-           for top in (persons, cameras) for count in (queries, gallery)]  # fmt: skip
+    ids = [
+        torch.randint(top, (count,), device=settings.device)
+        for top in (persons, cameras)
+        for count in (queries, gallery)
+    ]
     centers = torch.randn(persons, width, device=settings.device)
     noise = 0.5 * width**0.25
-    features = [F.normalize(torch.randn(len(p), width, device=settings.device).mul_(noise).add_(centers[p]))
-                for p in ids[:2]]  # fmt: skip
+    features = [
+        F.normalize(torch.randn(len(p), width, device=settings.device).mul_(noise).add_(centers[p])) for p in ids[:2]
+    ]
     return features, ids
 
 
@@ -195,16 +209,16 @@ def nearest(settings: Settings, *sizes: int) -> Iterator[Work]:
 
     def topk() -> Tensor:
         squares = gallery.square().sum(1)
-        blocks = [torch.addmm(squares, x, gallery.T, alpha=-2).topk(NEAREST, largest=False)
-                  for x in query.split(BLOCK)]  # fmt: skip
+        blocks = [torch.addmm(squares, x, gallery.T, alpha=-2).topk(NEAREST, largest=False) for x in query.split(BLOCK)]
         return torch.cat([values for values, _ in blocks]) + query.square().sum(1, keepdim=True)
 
     def faiss() -> Tensor:
         return torch.from_numpy(import_module("faiss").knn(query.cpu().numpy(), gallery.cpu().numpy(), NEAREST)[0])
 
     providers: dict[str, Callable[[], Tensor]] = {
-        "ours": lambda: nearest_neighbours(query, gallery, NEAREST).distances, "topk in torch, blocks": topk,
-    }  # fmt: skip
+        "ours": lambda: nearest_neighbours(query, gallery, NEAREST).distances,
+        "topk in torch, blocks": topk,
+    }
     if find_spec("faiss") and len(query) * len(gallery) <= HOST_PAIRS:
         providers["faiss, on the CPU"] = faiss
     moved = query.nbytes + gallery.nbytes

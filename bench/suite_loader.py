@@ -62,8 +62,10 @@ def launches() -> Iterator[Launch]:
         yield Launch(
             f"augmentation, B {batch}, {height} x {width}, {str(dtype).removeprefix('torch.')}",
             partial(call, dtype=dtype),
-            batch * images.numel() * (1 + dtype.itemsize), 0.0, batch,
-        )  # fmt: skip
+            batch * images.numel() * (1 + dtype.itemsize),
+            0.0,
+            batch,
+        )
 
 
 def cases(settings: Settings) -> list[Case]:

@@ -184,9 +184,13 @@ def optimiser(settings: Settings) -> Iterator[Work]:
             update()
             return [p.detach() for p in list(model.parameters())[:COMPARED]]
 
-        yield _work(settings, {
-            "ours": lambda: step(ours, lambda: fused.step(fine)), "as published": lambda: step(theirs, plain.step),
-        })  # fmt: skip
+        yield _work(
+            settings,
+            {
+                "ours": lambda: step(ours, lambda: fused.step(fine)),
+                "as published": lambda: step(theirs, plain.step),
+            },
+        )
 
 
 @contextmanager

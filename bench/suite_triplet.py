@@ -31,10 +31,13 @@ Loss = Callable[[Sequence[Tensor], Tensor], Tensor]
 def cases(settings: Settings) -> list[Case]:
     """List the cases of a size."""
     return [
-        Case("triplet, forward and backward", f"N {images}, D {' '.join(map(str, widths))}, float32",
-             partial(triplet, settings, images, widths))
+        Case(
+            "triplet, forward and backward",
+            f"N {images}, D {' '.join(map(str, widths))}, float32",
+            partial(triplet, settings, images, widths),
+        )
         for images, widths in SIZES[settings.size]
-    ]  # fmt: skip
+    ]
 
 
 def launches() -> Iterator[Launch]:
@@ -42,8 +45,11 @@ def launches() -> Iterator[Launch]:
     fp32, bf16 = torch.float32, torch.bfloat16
     mixed = (fp32, bf16, fp32, fp32, bf16, bf16)
     for images, widths, types in (
-        (128, HEADS, (fp32,) * 6), (128, HEADS, mixed), (4096, HEADS[:1], (fp32,)), (4096, HEADS[:1], (bf16,)),
-    ):  # fmt: skip
+        (128, HEADS, (fp32,) * 6),
+        (128, HEADS, mixed),
+        (4096, HEADS[:1], (fp32,)),
+        (4096, HEADS[:1], (bf16,)),
+    ):
         x = [torch.zeros(images, width, dtype=dtype) for width, dtype in zip(widths, types)]
         persons = torch.arange(images) // INSTANCES
         name = f"triplet, N {images}, {'mixed' if types is mixed else str(types[0]).removeprefix('torch.')}"

@@ -54,9 +54,12 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
     images = images_of(records, cfg, ranks, root=split.root)
     features = embed(model, images, cameras, cfg, ranks)
     source = {
-        "data": split.name, "note": split.note, "split": describe_data(split), "checkpoint": str(path),
+        "data": split.name,
+        "note": split.note,
+        "split": describe_data(split),
+        "checkpoint": str(path),
         "TEST": cfg.TEST.model_dump(mode="json"),
-    }  # fmt: skip
+    }
     mine = features[own_rows(len(records), ranks)]
     store(folder, mine.split(ROWS_AT_ONCE), (len(mine), mine.shape[1]), records, num_query, source, ranks)
     rankings = rank_all("FusionReID", features, num_query, ids, cfg, ranks)

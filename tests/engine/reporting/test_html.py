@@ -53,8 +53,11 @@ def test_every_text_is_escaped_wherever_it_is_shown() -> None:
     page, plain = Page(rendered), Page(render_page("x", "x", everything("x")))
     assert [tag for tag, _ in page.seen] == [tag for tag, _ in plain.seen]
     assert "script" not in {tag for tag, _ in page.seen}
-    assert sum(EVIL in text for text in page.texts) == sum(re.fullmatch(r"\s*x\s*", text) is not None
-                                                          for text in plain.texts) > 12  # fmt: skip
+    assert (
+        sum(EVIL in text for text in page.texts)
+        == sum(re.fullmatch(r"\s*x\s*", text) is not None for text in plain.texts)
+        > 12
+    )
     for (_, attributes), (_, others) in zip(page.seen, plain.seen):
         assert attributes.keys() == others.keys()
     template, code = html.TEMPLATE.read_text(), Path(html.__file__).read_text()

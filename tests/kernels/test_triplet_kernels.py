@@ -115,10 +115,10 @@ def test_kernels_select_as_fp64_does() -> None:
 def test_kernels_are_registered_whole() -> None:
     x = [torch.randn(5, 3, requires_grad=True), torch.randn(5, 2, 4)[:, 1].requires_grad_()]
     persons = torch.tensor([0, 0, 1, 1, 1])
-    torch.library.opcheck(triplet._forward, (x, persons, None))
+    torch.library.opcheck(triplet._forward, ([t.detach() for t in x], persons, None))
     detached = [t.detach() for t in x]
-    _, shares, _, indices, pulls, _ = triplet._forward(detached, persons, 0.3)
-    torch.library.opcheck(triplet._backward, (torch.randn(2), detached, shares, indices, pulls))
+    _, shares, pairs, indices, _ = triplet._forward(detached, persons, 0.3)
+    torch.library.opcheck(triplet._backward, (torch.randn(2), detached, shares, pairs, indices))
     compiled = torch.compile(lambda *t: batch_hard_triplet(t, persons).losses, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*x), batch_hard_triplet(x, persons).losses)
 

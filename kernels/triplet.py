@@ -331,7 +331,7 @@ def forward_kernel(xs, widths, strides, parts, norms_ptr, persons_ptr, state_ptr
         if tl.atomic_add(done_ptr + block, 1, sem="acq_rel", scope="gpu") == blocks - 1:
             anchor = block * ROWS + tl.arange(0, ROWS)
             positive, negative, valid = _chosen(keys_ptr, anchor, N)
-            to_positive, to_negative = _measure(x, anchor, positive, negative, N, HALF, ROWS, 4096 // ROWS)
+            to_positive, to_negative = _measure(x, anchor, positive, negative, N, HALF, ROWS, 32 * SPLIT)
             at, after = head * N + anchor, heads * N
             _finish(to_positive, to_negative, valid, margin, pairs_ptr + at, after, anchor < N, SOFT)
             tl.store(indices_ptr + at, positive.to(tl.int64), mask=anchor < N)

@@ -34,6 +34,9 @@ LAST = tl.constexpr(0x7FFFFFFF)
 LEAST = tl.constexpr(MIN_SQUARE)  # of a square; below it nothing pulls
 
 
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 class BatchHard(NamedTuple):
     """Hardest pairs and losses; the lowest index wins ties. Distances carry no gradient."""
 
@@ -87,27 +90,21 @@ def batch_hard_triplet(
 def _check(
     features: Sequence[Tensor], persons: Tensor, margin: float | None, product_dtype: torch.dtype | None
 ) -> None:
-    count = len(persons) if persons.ndim else 0
-    if not features or persons.ndim != 1 or count == 0:
+    if not features or persons.ndim != 1 or len(persons) == 0 or persons.is_floating_point():
         raise ValueError(
-            f"batch_hard_triplet: needs one head and one image or more, "
-            f"got {len(features)} heads and persons of shape {tuple(persons.shape)}"
+            f"batch_hard_triplet: needs one head or more and integer persons (N,) of one image or more, got "
+            f"{len(features)} heads and persons {tuple(persons.shape)} {persons.dtype}"
         )
-    if persons.is_floating_point() or persons.is_complex():
-        raise ValueError(f"batch_hard_triplet: persons must be integers, got {persons.dtype}")
     for head, x in enumerate(features):
-        if x.ndim != 2 or x.shape[0] != count or x.shape[1] == 0 or not x.is_floating_point():
+        if x.ndim != 2 or len(x) != len(persons) or not x.numel() or not x.is_floating_point():
             raise ValueError(
-                f"batch_hard_triplet: features must be floating (N, D), D > 0, with N = {count} persons, "
+                f"batch_hard_triplet: features must be floating (N, D), D > 0, with N = {len(persons)} persons, "
                 f"got {tuple(x.shape)} {x.dtype} in head {head}"
             )
         if x.device != persons.device:
-            raise ValueError(
-                f"batch_hard_triplet: features must lie where persons do, on {persons.device}, "
-                f"got head {head} on {x.device}"
-            )
+            raise ValueError(f"batch_hard_triplet: head {head} is on {x.device}, persons are on {persons.device}")
     if margin is not None and not math.isfinite(margin):
-        raise ValueError(f"batch_hard_triplet: margin must be a finite number, or None for the soft one, got {margin}")
+        raise ValueError(f"batch_hard_triplet: margin must be finite, or None for the soft margin, got {margin}")
     if product_dtype is not None and not product_dtype.is_floating_point:
         raise ValueError(f"batch_hard_triplet: product_dtype must be a floating type, got {product_dtype}")
 
@@ -144,9 +141,7 @@ class _Loss(torch.autograd.Function):
 
 
 @torch.library.custom_op("fusionreid::batch_hard_triplet_forward", mutates_args=())
-def _forward(
-    features: Sequence[Tensor], persons: Tensor, margin: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward(features: Sequence[Tensor], persons: Tensor, margin: float | None) -> Outputs:
     """losses and shares (heads,), a share being 1 / valid anchors; pairs (5, heads, N); indices (2, heads, N); valid.
 
     Pairs: distances to the positive and the negative, their pulls, and the anchor's loss, -1 if it is not valid. A pull
@@ -170,9 +165,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _forward_outputs(
-    features: Sequence[Tensor], persons: Tensor, margin: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward_outputs(features: Sequence[Tensor], persons: Tensor, margin: float | None) -> Outputs:
     losses, shares = (persons.new_empty(len(features), dtype=torch.float32) for _ in range(2))
     pairs = losses.new_empty(5, len(features), len(persons))
     indices = persons.new_empty(2, len(features), len(persons), dtype=torch.int64)
@@ -365,7 +358,7 @@ def _pick(values, head):
 @triton.jit
 def _load(x, row, d, mask, HALF: tl.constexpr):
     """Features of a head in float32, 0 outside of it."""
-    at, mask = row.to(tl.int64) * x[3] + d, mask & (d < x[2])
+    at, mask = tl.cast(row, tl.int64) * x[3] + d, mask & (d < x[2])
     if x[1]:
         values = tl.load(x[0] + at, mask=mask, other=0.0)
     else:
@@ -380,7 +373,7 @@ def _centre(x, d, N, HALF: tl.constexpr):
     Squares come from |x|^2 + |y|^2 - 2 x y, which cancels where all images lie far from 0 and close together: so they
     are taken relative to a point among the images, which one outlier does not move.
     """
-    a, b, c = _load(x, N * 0, d, d >= 0, HALF), _load(x, N // 2, d, d >= 0, HALF), _load(x, N - 1, d, d >= 0, HALF)
+    a, b, c = _load(x, 0, d, d >= 0, HALF), _load(x, N // 2, d, d >= 0, HALF), _load(x, N - 1, d, d >= 0, HALF)
     centre = tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
     return tl.where(tl.abs(centre) < float("inf"), centre, 0.0)
 
@@ -547,12 +540,8 @@ def _measure(x_head, anchor, positive, negative, N, HALF: tl.constexpr, ROWS: tl
     """|x - y|^2 of the anchors and their two partners; the next step's loads are under way while a step computes."""
     to_positive = tl.zeros((ROWS, BLOCK_D), tl.float32)
     to_negative = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    anchor, positive, negative, d = (
-        anchor[:, None],
-        positive[:, None],
-        negative[:, None],
-        tl.arange(0, BLOCK_D)[None, :],
-    )
+    anchor, positive, negative = anchor[:, None], positive[:, None], negative[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
     x = _load(x_head, anchor, d, anchor < N, HALF)
     p, n = _load(x_head, positive, d, anchor < N, HALF), _load(x_head, negative, d, anchor < N, HALF)
     for _ in tl.range(0, x_head[2], BLOCK_D, num_stages=1):

@@ -69,8 +69,8 @@ def _triplet_forward(x: list[Tensor], persons: Tensor) -> object:
 
 
 def _triplet_backward(x: list[Tensor]) -> object:
-    pulls = torch.zeros(2, len(x), len(x[0]))
-    return torch.ops.fusionreid.batch_hard_triplet_backward(pulls[0, :, 0], x, pulls[0, :, 0], pulls.long(), pulls)
+    pairs = torch.zeros(5, len(x), len(x[0]))
+    return torch.ops.fusionreid.batch_hard_triplet_backward(pairs[0, :, 0], x, pairs[0, :, 0], pairs, pairs[:2].long())
 
 
 def _entropy_forward(z: list[Tensor], persons: Tensor) -> object:

@@ -76,6 +76,8 @@ def cases(settings: Settings) -> list[Case]:
     decoders = ["torchvision", *(["dali"] if _has_dali() else [])]
     places = ["host", *(["device"] if settings.device.type == "cuda" else [])]
     ways = [(f"files by {decoder}", {"BACKEND": decoder, "CACHE": "none"}) for decoder in decoders]
+    if "dali" in decoders:
+        ways.append(("files augmented by dali", {"BACKEND": "dali", "AUGMENT": "dali", "CACHE": "none"}))
     ways += [(f"images in {place} memory", {"CACHE": place}) for place in places]
     epochs = [
         Case(f"an epoch, {name}, {n} workers", f"{count}, {shape}", partial(epoch, settings, _loading(n, **how)))

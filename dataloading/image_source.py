@@ -116,7 +116,7 @@ class ImageSet:
             log.warning("%s; every image is decoded at every use", error)
         if images is None:
             return None, f"{what}: decoded by {how.split()[0]} at every use"
-        source = CachedImages(images[share], place, self.device, share.start or 0)
+        source = CachedImages(images, share, place, self.device)
         return source, f"{what}: cached in {place} memory, from {printable(file)}"
 
     def _place(self, num_bytes: int, share: slice) -> Place:

@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def search(cfg: "Config", *, query: Path, gallery: Path, top: int, at_least: float, json: Path | None) -> None:
+    from fusionreid.dataloading.records import printable
     from fusionreid.files import write_json
 
     asked, among = (_load_or_embed(cfg, path) for path in (query, gallery))
@@ -41,9 +42,9 @@ def search(cfg: "Config", *, query: Path, gallery: Path, top: int, at_least: flo
     _warn_of_two_models(asked, among)
     found = nearest(asked, among, top, at_least)
     for line in found:
-        print(line["query"])
+        print(printable(line["query"]))
         for place, match in enumerate(line["matches"], 1):
-            print(f"{place:6}  {match['cosine']:6.3f}  {match['path']}")
+            print(f"{place:6}  {match['cosine']:6.3f}  {printable(match['path'])}")
     if json:
         write_json(json, found)
 

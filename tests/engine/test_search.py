@@ -66,3 +66,15 @@ def test_a_search_of_stored_vectors_and_a_report_load_nothing_that_only_a_model_
         script += f"sys.exit(code or ', '.join({absent} & set(sys.modules)) or 0)"
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_a_control_character_in_a_name_is_never_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    embeddings.save(tmp_path / "one", torch.eye(2, 3), (Record("a.jpg", -1, -1), Record("b.jpg", -1, -1)), 0, {})
+    found = [{"query": "\x1b[31m.jpg", "matches": [{"path": "\x1b]0;x\x07.jpg", "cosine": 0.5}]}]
+    monkeypatch.setattr("fusionreid.engine.search.nearest", lambda *_: found)
+    one = str(tmp_path / "one")
+    assert search(["--query", one, "--gallery", one]) == 0
+    assert "\x1b" not in (out := capfd.readouterr().out)
+    assert r"\x1b[31m.jpg" in out

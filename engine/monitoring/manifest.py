@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +16,7 @@ from uuid import uuid4
 from fusionreid.dataloading import Split
 from fusionreid.dataloading.records import PARTS
 from fusionreid.engine.config import Config
+from fusionreid.engine.config_yaml import flat
 from fusionreid.files import write_json
 
 if TYPE_CHECKING:
@@ -136,15 +136,6 @@ def _load(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         log.warning("%s of the start before cannot be read: %s; it is written anew", path, error)
     return {}
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Flatten nested keys to dotted ones."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _line(differences: list[str]) -> str:

@@ -103,6 +103,7 @@ class TrainLoader:
             for array in (plan.image, plan.flip, plan.shift, plan.erase, self._labels, self._cameras)
         )
         persons, cameras = labels[image], cameras[image]
+        augmented: Iterator[Tensor]
         if self._dali:
             inputs = [(plan.image[part], plan.flip[part], plan.shift[part]) for part in slices]
             augmented = (

@@ -94,8 +94,8 @@ def rank_counts_of(
         raise ValueError(
             f"rank_counts_of: distances must be floating (Q, G), got {tuple(distances.shape)} {distances.dtype}"
         )
-    _check_ids("rank_counts_of", query_persons, gallery_persons, query_cameras, gallery_cameras, *distances.shape,
-               distances.device)  # fmt: skip
+    _check_ids("rank_counts_of", query_persons, gallery_persons, query_cameras, gallery_cameras, len(distances),
+               distances.shape[1], distances.device)  # fmt: skip
     if not distances.isfinite().all():
         bad = (~distances.isfinite()).any(1).nonzero().flatten().tolist()
         raise ValueError(f"rank_counts_of: distances must be finite, those of {len(bad)} queries are not: {bad[:5]}")

@@ -117,7 +117,7 @@ def test_a_run_outlives_the_loss_of_a_host(hosts: Hosts, tmp_path: Path) -> None
     folder = hosts.output / "checkpoints"
     long = {"SOLVER__MAX_EPOCHS": 100_000, "SOLVER__EVAL_PERIOD": 100_000}
     hosts.start("train", arguments(tmp_path, hosts.output, **long))
-    hosts.wait(lambda: bool(checkpoint.checkpoints(folder)))
+    hosts.wait(lambda: ": saved " in hosts.log(0))
     hosts.plug("down")
     hosts.wait(lambda: (hosts.output / "exit.json").exists(), 60)
     hosts.runs[1].send_signal(signal.SIGKILL)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fusionreid.dataloading.dataset_warnings import dataset_warnings
+from fusionreid.dataloading.image_files import read_file
 from fusionreid.dataloading.index import inspect_file, mark_bad, reason, scan
 from fusionreid.dataloading.records import PARTS, DataError, Record, Split, printable
 from fusionreid.files import locked, write_json
@@ -137,7 +138,7 @@ class BadImages:
         with locked(self.folder / f".{FILE}.lock"):  # every rank may have something to add
             if more:
                 with suppress(OSError, ValueError):
-                    named = json.loads((self.folder / FILE).read_text(encoding="utf-8")) + named
+                    named = json.loads(read_file(str(self.folder / FILE))) + named
             write_json(self.folder / FILE, named)
         return len({line["path"] for line in named})
 

@@ -3,21 +3,24 @@
 import hashlib
 import json
 import os
+import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
-from fusionreid.dataloading.image_files import open_file, open_image
+from fusionreid.dataloading.image_files import open_file, open_image, read_file
 from fusionreid.files import atomic_write
 
 FILE = ".fusionreid-index.json"
 FORMAT = b"index 2"  # another format: the file is written anew
 CHUNK = 64  # files a thread takes at a time
+THREADS, WAITING = 32, 3  # that read headers where that takes so many times its computing
+SAVE_FILES, SAVE_S = 20_000, 60  # the index is saved after so many files, then after twice as many, and so often
 ORIENTATION = 0x0112  # EXIF tag
 SAMPLE = 4096  # bytes at each end that go into the fingerprint
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -42,7 +45,8 @@ def scan(root: str, paths: Iterable[str], decode: Callable[[str], object] | None
     """Return the entry of every path. With `decode`, which raises for a bad file, all files are decoded as well.
 
     A file whose size and time are those in the index of `root` is not opened again, except to decode it. Of the others
-    header and end are read; only those whose end leaves doubt are decoded. Memory: 1.3 kB per file.
+    header and end are read; only those whose end leaves doubt are decoded. The index is saved as it grows, so that a
+    scan that is killed goes on where it was. Memory: 1.3 kB per file.
     """
     paths = sorted(set(paths))
     file = index_folder(root) / FILE
@@ -50,18 +54,52 @@ def scan(root: str, paths: Iterable[str], decode: Callable[[str], object] | None
     prefix = f"{_folder(root)}{os.sep}"
     names = [path.removeprefix(prefix) for path in paths]  # the data set may move
     Image.init()  # of all formats, before threads do it together
-    threads = len(os.sched_getaffinity(0)) if decode else 1  # reading headers, two would only fight for the interpreter
     chunks = [slice(start, start + CHUNK) for start in range(0, len(paths), CHUNK)]
 
     def entries(chunk: slice) -> list[Entry]:
         return [_entry(path, known.get(name), decode) for path, name in zip(paths[chunk], names[chunk])]
 
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(threads) as pool:  # of odd metadata
-        found = [entry for part in _progress(pool.map(entries, chunks), len(chunks)) for entry in part]
-    lasting = {name: entry for name, entry in zip(names, found) if entry.lasting}
-    if any(known.get(name) != entry for name, entry in lasting.items()):
-        _save(file, known | lasting)
+    found: list[Entry] = []
+    saved, saved_at, changed = 0, time.monotonic(), False
+    try:
+        with warnings.catch_warnings(action="ignore"), closing(_in_threads(entries, chunks, bool(decode))) as parts:
+            for part in _progress(parts, len(chunks)):  # without warnings of odd metadata
+                new = names[len(found) : len(found) + len(part)]
+                found += part
+                changed |= any(known.get(name) != entry for name, entry in zip(new, part) if entry.lasting)
+                if changed and (len(found) >= 2 * saved + SAVE_FILES or time.monotonic() - saved_at > SAVE_S):
+                    _save(file, known | _lasting(names, found))
+                    saved, saved_at, changed = len(found), time.monotonic(), False
+    finally:  # also for whoever is stopped
+        if changed:
+            _save(file, known | _lasting(names, found))
     return dict(zip(paths, found))
+
+
+def _lasting(names: Sequence[str], entries: Sequence[Entry]) -> dict[str, Entry]:
+    return {name: entry for name, entry in zip(names, entries) if entry.lasting}
+
+
+def _in_threads(
+    work: Callable[[slice], list[Entry]], chunks: Sequence[slice], decode: bool
+) -> Generator[list[Entry], None, None]:
+    """Yield the results in order. Headers are read by many threads where the first chunk mostly waits for the disk.
+
+    Elsewhere threads would only fight for the interpreter.
+    """
+    threads = len(os.sched_getaffinity(0)) if decode else 1
+    first, rest = chunks[:1], chunks[1:]
+    for chunk in first:
+        start, cpu_start = time.monotonic(), time.thread_time()
+        yield work(chunk)
+        elapsed, computing = time.monotonic() - start, time.thread_time() - cpu_start
+        if not decode and elapsed > WAITING * computing:
+            threads = THREADS
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield from pool.map(work, rest)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def mark_bad(root: str, path: str, fault: str) -> None:
@@ -115,9 +153,11 @@ def inspect_file(path: str) -> Entry:
                 raise ValueError("empty file")
             image = open_image(file)
             multi_frame, turned = _has_frames(image), _is_turned(image)
+            width, height = image.size
+            if image.format == "JPEG" and -(-width // 8) * -(-height // 8) > 8 * size:  # a block takes a bit at least
+                raise ValueError(f"its header says {width} x {height} pixels, more than its {size:,} bytes can hold")
             if not _is_whole(image.format or "", start, end, size):
                 image.convert("RGB")
-        width, height = image.size
         fingerprint = hashlib.blake2b(b"%d%b%b" % (size, start, end), digest_size=6).hexdigest()
         return Entry(size, modified, image.format or "", width, height, multi_frame, turned, fingerprint)
     except Exception as error:  # decoders raise whatever a broken file leads them to
@@ -170,10 +210,10 @@ def _progress(work: Iterable[list[Entry]], total: int) -> Iterable[list[Entry]]:
 def _load(file: Path) -> dict[str, Entry]:
     """Read the index; a missing or damaged one is empty."""
     try:
-        digest, _, text = file.read_bytes().partition(b"\n")
+        digest, _, text = read_file(str(file)).partition(b"\n")
         if digest == _digest(text):
             return {path: Entry(*values) for path, values in json.loads(text).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         pass
     return {}
 

@@ -49,7 +49,7 @@ def assemble(
     """
     left_out, told, faults = dict(left_out), list(warnings), _two_persons(rows)
     if junk := [row.path for row in rows if person_key(row.person) == NOBODY]:
-        left_out[JUNK] = sorted(junk)
+        left_out[JUNK] = sorted({*junk})
         rows = [row for row in rows if person_key(row.person) != NOBODY]
     if len(once := list(dict.fromkeys(rows))) < len(rows):
         told.append(f"{len(rows) - len(once):,} images are named more than once in the same part, and count once")
@@ -84,15 +84,17 @@ def assemble(
 
 def _two_persons(rows: Sequence[Row]) -> list[str]:
     """Describe the images that are given to two persons, or to two cameras."""
-    given: dict[str, dict[str, set[str]]] = defaultdict(lambda: {"person": set(), "camera": set()})
+    first: dict[str, Row] = {}
+    others: dict[str, list[Row]] = {}  # of the few images with several rows
     for row in rows:
-        given[row.path]["person"].add(person_key(row.person))
-        given[row.path]["camera"].add(camera_key(row.camera or ""))
+        if first.setdefault(row.path, row) is not row:
+            others.setdefault(row.path, [first[row.path]]).append(row)
     faults = []
-    for kind in ("person", "camera"):
-        if twice := {path: sorted(keys[kind]) for path, keys in given.items() if len(keys[kind]) > 1}:
-            names = (f"{printable(path)} ({', '.join(map(repr, keys))})" for path, keys in twice.items())
-            faults.append(f"{len(twice):,} images belong to two {kind}s: {_listed(names)}; each shows one")
+    for kind, key in (("person", person_key), ("camera", camera_key)):
+        keys = {path: sorted({key(getattr(row, kind) or "") for row in same}) for path, same in others.items()}
+        if twice := {path: names for path, names in keys.items() if len(names) > 1}:
+            listed = _listed(f"{printable(path)} ({', '.join(map(repr, names))})" for path, names in twice.items())
+            faults.append(f"{len(twice):,} images belong to two {kind}s: {listed}; each shows one")
     return faults
 
 

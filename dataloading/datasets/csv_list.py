@@ -3,7 +3,7 @@
 import csv
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fusionreid.dataloading.config import DatasetsConfig
@@ -33,16 +33,25 @@ LAYOUT = """\
 def read(cfg: DatasetsConfig) -> Split:
     """Read the list DATASETS.ROOT_DIR."""
     file = Path(cfg.ROOT_DIR).expanduser().absolute()
+    rows, _ = read_rows(file, ("path", "person", "split"))
+    return assemble("csv", str(file), rows, {})
+
+
+def read_rows(file: Path, needed: Sequence[str]) -> tuple[list[Row], bool]:
+    """Read the rows of a list that has at least the columns `needed`; also whether it says the split.
+
+    Without a split the part of every row is empty.
+    """
     if not file.is_file():
         raise DataError(f"csv: no file {printable(file)}\nexpected:\n{LAYOUT}")
     lines = _text(file.read_bytes()).splitlines(keepends=True)
-    start, delimiter, columns = _header(file, lines)
+    start, delimiter, columns, width = _header(file, lines, needed)
     rows, faults = [], []
     for number, cells in _records(lines, start, delimiter):
         if isinstance(cells, str):
             faults.append(f"  line {number}: {cells}")
         elif any(cell.strip() for cell in cells):
-            row, fault = _row(file, cells, columns)
+            row, fault = _row(file, cells, columns, width)
             rows += [row] if row else []
             faults += [f"  line {number}: {fault}"] if fault else []
         if len(faults) > FAULTS:
@@ -50,7 +59,7 @@ def read(cfg: DatasetsConfig) -> Split:
     if faults:
         more = "\n  and more" if len(faults) > FAULTS else ""
         raise DataError("\n".join([f"csv: {printable(file)} has rows that cannot be used:", *faults[:FAULTS]]) + more)
-    return assemble("csv", str(file), rows, {})
+    return rows, "split" in columns
 
 
 def _text(data: bytes) -> str:
@@ -63,8 +72,8 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8-sig", "surrogateescape")
 
 
-def _header(file: Path, lines: list[str]) -> tuple[int, str, dict[str, int]]:
-    """Return the line after the header, the delimiter, and the position of every column that was recognised."""
+def _header(file: Path, lines: list[str], needed: Sequence[str]) -> tuple[int, str, dict[str, int], int]:
+    """Return the line after the header, the delimiter, the position of every known column, the number of columns."""
     first = next((number for number, line in enumerate(lines) if line.strip()), len(lines))
     delimiters = DELIMITERS
     if match := re.fullmatch(r"sep=(.)\s*", lines[first] if first < len(lines) else "", re.IGNORECASE):
@@ -73,12 +82,12 @@ def _header(file: Path, lines: list[str]) -> tuple[int, str, dict[str, int]]:
     readings = [(delimiter, next(csv.reader([line], delimiter=delimiter), [])) for delimiter in delimiters]
     delimiter, cells = max(readings, key=lambda reading: len(_columns(reading[1])))
     columns = _columns(cells)
-    if missing := [column for column in COLUMNS if column not in columns and column != "camera"]:
+    if missing := [column for column in needed if column not in columns]:
         raise DataError(
             f"csv: {printable(file)} lacks {', '.join(missing)} in its header, which has "
             f"{', '.join(repr(cell.strip()) for cell in cells) or 'nothing'}\nexpected:\n{LAYOUT}"
         )
-    return first + 1, delimiter, columns
+    return first + 1, delimiter, columns, len(cells)
 
 
 def _columns(cells: list[str]) -> dict[str, int]:
@@ -113,13 +122,15 @@ def _records(lines: list[str], start: int, delimiter: str) -> Iterator[tuple[int
             start += done + 1
 
 
-def _row(file: Path, cells: list[str], columns: dict[str, int]) -> tuple[Row | None, str]:
+def _row(file: Path, cells: list[str], columns: dict[str, int], width: int) -> tuple[Row | None, str]:
     """Make a row of cells, or say what is wrong with them."""
     given = {column: cells[at].strip() if at < len(cells) else "" for column, at in columns.items()}
-    empty = [column for column in ("path", "person", "split") if not given[column]]
+    if any(cell.strip() for cell in cells[width:]):
+        return None, f"it has {len(cells)} cells, the header {width}; put text that holds the delimiter in quotes"
+    empty = [column for column in ("path", "person", "split") if not given.get(column, "-")]
     if empty:
         return None, f"{' and '.join(empty)} must not be empty, got {cells!r}"
-    part = PART.get(_plain(given["split"]))
+    part = PART.get(_plain(given["split"])) if "split" in given else ""
     if part is None:
         return None, f"split must be train, query or gallery, got {given['split']!r} for {given['path']!r}"
     return Row(_path(file, given["path"]), given["person"], given.get("camera") or None, part), ""

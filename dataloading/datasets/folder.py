@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from fusionreid.dataloading.config import DatasetsConfig
@@ -42,7 +43,7 @@ def read(cfg: DatasetsConfig) -> Split:
         elif len(below) <= levels.person:
             left_out.setdefault(LOOSE, []).append(path)
         else:
-            rows.append(Row(path, below[levels.person], _camera(path, below, levels), part))
+            rows.append(Row(path, below[levels.person], camera_of(path, below, levels), part))
     for part in ("query", "gallery"):
         if not any(row.part == part for row in rows):
             problem = f"folder: no images in a person's folder in {printable(root / part)}"
@@ -51,7 +52,8 @@ def read(cfg: DatasetsConfig) -> Split:
     return assemble("folder", str(root), rows, left_out, note=levels.why, warnings=warnings)
 
 
-def _camera(path: str, folders: list[str], levels: Levels) -> str | None:
+def camera_of(path: str, folders: Sequence[str], levels: Levels) -> str | None:
+    """Return the camera of an image by the folders above it, or by its name; None: neither tells."""
     if levels.camera is not None and levels.camera < len(folders):
         return folders[levels.camera]
     match = CAMERA.search(os.path.splitext(os.path.basename(path))[0])

@@ -9,6 +9,7 @@ CAMERA_WORD = re.compile(r"(?:c|cam|camera)[ _.-]*\d+", re.IGNORECASE)
 DATE = re.compile(
     r"(?:19|20)\d\d[-_. ]?\d\d[-_. ]?\d\d.*|\d{1,2}[-_. ]\d{1,2}[-_. ](?:19|20)?\d\d|[ap]m|\d{1,2}h?[-_:]\d\d"
 )
+RECURS = 1.5  # folders above a name, on average, where it names a camera
 LEVELS = 3  # that are looked at; folders further down only group images
 RECURRING, DISTINCT = 0.5, 0.1  # share of a level's names that are both in train and in test
 
@@ -56,6 +57,27 @@ def find_levels(places: Places) -> Levels:
         doubt = "nothing tells whether persons are above cameras or below; they were taken to be above" if more else ""
         return Levels(person, camera, doubt=doubt)
     return Levels(person, camera, why=f"cameras are above persons: folder level {camera + 1} is the camera, {reason}")
+
+
+def find_levels_of_one(folders: Collection[tuple[str, ...]]) -> Levels:
+    """Tell the levels of data that are not divided into train and test yet.
+
+    Of two levels whose names recur in each other the one with fewer names is the camera; names that do not recur are
+    tracks or days of one person.
+    """
+    levels = find_levels({"train": folders})
+    deep = [names for names in folders if len(names) > 1]
+    if levels.camera is None or levels.why or _words({n[levels.camera] for n in deep if len(n) > levels.camera}):
+        return levels._replace(doubt="")
+    above: dict[str, set[str]] = {}
+    for names in deep:
+        above.setdefault(names[1], set()).add(names[0])
+    first, second = len({names[0] for names in deep}), len(above)
+    if sum(map(len, above.values())) < RECURS * second:
+        return Levels(0, None, "the folders below a person's are tracks or days, since no name recurs")
+    if first < second:
+        return Levels(1, 0, f"cameras are above persons: the first level has {first} names, the second {second}")
+    return Levels(0, 1)
 
 
 def _names(places: Places, level: int) -> dict[str, set[str]]:

@@ -4,12 +4,14 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 
 NUMBER = re.compile(r"([+-]?)0*(\d{1,18})(?:[.,]0+)?")
 CAMERA = re.compile(r"(?:c|cam|camera)[ _.-]*(?=\d)")
 NAMED = 10
 
 
+@lru_cache(1 << 16)
 def person_key(name: str) -> str:
     """Reduce a name to what it means: `0009`, `9` and `9.0` are one person, as are `Anna` and `anna`."""
     text = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
@@ -17,6 +19,7 @@ def person_key(name: str) -> str:
     return f"{'-' if number[1] == '-' else ''}{number[2]}" if number else text
 
 
+@lru_cache(1 << 16)
 def camera_key(name: str) -> str:
     """Reduce a camera's name as `person_key`; `cam1`, `c01` and `1` are one camera."""
     text = person_key(name)

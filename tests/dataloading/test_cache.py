@@ -19,6 +19,7 @@ from fusionreid.dataloading.config import DataloaderConfig, DatasetsConfig
 from fusionreid.dataloading.decode import decode_batch
 from fusionreid.dataloading.loader import Batch, TestLoader
 from fusionreid.dataloading.records import DataError
+from fusionreid.errors import StorageError
 from tests.dataloading.test_loader import INPUT, loader, make_split, same
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -46,9 +47,10 @@ class Fill:
         yield from zip(torch.arange(len(self.images)).split(3), self.images.split(3))
 
 
-def load(paths: list[str], fill, how: str = "torchvision bicubic") -> torch.Tensor:
+def load(paths: list[str], fill, how: str = "torchvision bicubic") -> torch.Tensor | None:
     folder = Path(paths[0]).parent
-    return load_or_fill(folder / "cache" / "train.safetensors", str(folder), paths, SIZE, how, fill)
+    mapped = load_or_fill(folder / "cache" / "train.safetensors", str(folder), paths, SIZE, how, fill)
+    return mapped and mapped.images
 
 
 def test_it_is_filled_once(files):
@@ -69,7 +71,15 @@ def test_it_moves_with_its_data_set(files):
     assert fill.calls == 0
 
 
-@pytest.mark.parametrize("change", ["size", "time", "order", "fewer", "decoder", "cut", "header"])
+def flip(file: Path, position: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[position] ^= 4
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "change", ["size", "time", "order", "fewer", "decoder", "cut", "header", "pixel", "tail", "pipe"]
+)
 def test_it_is_filled_again_when_anything_changed(files, change):
     load(files, Fill())
     file = Path(files[0]).parent / "cache" / "train.safetensors"
@@ -80,6 +90,9 @@ def test_it_is_filled_again_when_anything_changed(files, change):
         "fewer": files.pop,
         "decoder": lambda: None,
         "cut": lambda: os.truncate(file, file.stat().st_size - 1),
+        "pixel": lambda: flip(file, -SIZE[0] * SIZE[1] * 3 - 5),
+        "tail": lambda: flip(file, -1),
+        "pipe": lambda: (file.unlink(), os.mkfifo(file)),
         "header": lambda: file.write_bytes(bytes(100) + file.read_bytes()[100:]),
     }
     changes[change]()
@@ -135,18 +148,50 @@ def test_a_replacement_is_not_kept_for_the_file_itself(files):
     assert load([*files[:3], files[1], files[4]], None) is not None
 
 
-def test_batches_are_rows_of_what_stays():
-    images = torch.randint(256, (7, *SIZE, 3), dtype=torch.uint8)
-    batches = [np.array([6, 1, 1]), np.array([3, 1, 2]), np.array([5])]
-    for first in (0, 1):
-        share = images[first:]
-        pixels = CachedImages(share, "host", CPU, first)
-        for batch, (stay, rows) in zip(batches, pixels(batches), strict=True):
-            assert stay is share
-            assert torch.equal(stay[rows], images[batch])
-    pixels.close()
+def test_batches_are_rows_of_what_stays(files):
+    fill = Fill(5)
+    load(files, fill)
+    batches = [np.array([4, 1, 1]), np.array([3, 1, 2]), np.array([2])]
+    for share in (slice(None), slice(1, 5)):
+        source = CachedImages(mapped_images(files), share, "host", CPU)
+        for batch, (stay, rows) in zip(batches, source(batches), strict=True):
+            assert torch.equal(stay[rows], fill.images[batch])
+    source.close()
     with pytest.raises(RuntimeError, match="the loader is closed"):
-        next(pixels(batches))
+        next(source(batches))
+
+
+def mapped_images(files: list[str]) -> cache.MappedImages:
+    folder = Path(files[0]).parent
+    file = folder / "cache" / "train.safetensors"
+    mapped = load_or_fill(file, str(folder), files, SIZE, "torchvision bicubic", None)
+    assert mapped is not None
+    return mapped
+
+
+def test_a_file_that_is_cut_while_in_use_is_an_error_not_a_signal(files):
+    load(files, Fill())
+    source = CachedImages(mapped_images(files), slice(None), "host", CPU)
+    batches = source([np.array([0]), np.array([4])])
+    next(batches)
+    file = Path(files[0]).parent / "cache" / "train.safetensors"
+    os.truncate(file, 1000)
+    with pytest.raises(StorageError, match=f"{file}, the decoded images in use, has been cut short: delete it"):
+        next(batches)
+
+
+def test_damage_in_any_block_is_found_and_told(files, monkeypatch, caplog):
+    monkeypatch.setattr(cache, "BLOCK", 1000)
+    fill = Fill()
+    load(files, fill)
+    file = Path(files[0]).parent / "cache" / "train.safetensors"
+    for position in range(1, 5 * SIZE[0] * SIZE[1] * 3, 97):
+        flip(file, -position)
+        caplog.clear()
+        assert load(files, None) is None
+        assert f"{file} does not hold what was written" in caplog.text
+        flip(file, -position)
+    assert torch.equal(load(files, None), fill.images)
 
 
 def test_where_images_stay(monkeypatch):

@@ -120,6 +120,12 @@ def test_all_faults_are_told_in_one_run(tmp_path):
     assert len(str(caught.value).splitlines()) == 22
 
 
+def test_a_comma_outside_quotes_is_told(tmp_path):
+    (tmp_path / "list.csv").write_text("path,person,camera,split\na, b.jpg,anna,door,train\n")
+    with pytest.raises(DataError, match="line 2: it has 5 cells, the header 4; put text that holds the delimiter in"):
+        read("csv", tmp_path / "list.csv")
+
+
 def test_a_list_full_of_open_quotes_ends_soon(tmp_path):
     (tmp_path / "list.csv").write_text("path,person,camera,split\n" + 'a.jpg,"x,1,train\n' * 50_001)
     with pytest.raises(DataError, match="line 2: a quote is not closed"):

@@ -40,6 +40,16 @@ def test_features_of_two_models_are_not_compared_in_silence(tmp_path: Path, capl
     assert "their cosines mean little: TEST.FEAT 0 and 1" in caplog.text
 
 
+def test_a_run_stands_for_its_embeddings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = Record("a.jpg", -1, -1), Record("b.jpg", -1, -1)
+    embeddings.save(tmp_path / "run/embeddings", torch.eye(2, 3), records, 0, {})
+    (tmp_path / "run/ranks.png").write_bytes(b"")  # no image of anybody
+    assert search(["--query", str(tmp_path / "run"), "--gallery", str(tmp_path / "run/embeddings")]) == 0
+    assert capsys.readouterr().out.count("a.jpg") == 3
+    assert embeddings.folder_at(tmp_path / "run") == tmp_path / "run/embeddings"
+    assert embeddings.folder_at(tmp_path) == tmp_path
+
+
 def test_a_search_of_stored_vectors_and_a_report_load_nothing_that_only_a_model_needs(tmp_path: Path) -> None:
     records = Record("a.jpg", -1, -1), Record("b.jpg", -1, -1)
     embeddings.save(tmp_path / "one", torch.eye(2, 3), records, 0, {})
@@ -49,10 +59,22 @@ def test_a_search_of_stored_vectors_and_a_report_load_nothing_that_only_a_model_
     one = str(tmp_path / "one")
     report = ["--config_file", f"{tmp_path}/run.yml", "OUTPUT_DIR", str(tmp_path)]
     for command, argv, absent in (
-        ("search", ["--query", one, "--gallery", one], {"torchvision", "timm"}),
+        ("search", ["--query", one, "--gallery", one], {"torchvision", "timm", "torch._dynamo"}),
         ("report", report, {"torch", "torchvision", "timm", "triton"}),
     ):
         script = f"import sys; from fusionreid.engine.cli import main; code = main({[command, *argv]}); "
         script += f"sys.exit(code or ', '.join({absent} & set(sys.modules)) or 0)"
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_a_control_character_in_a_name_is_never_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    embeddings.save(tmp_path / "one", torch.eye(2, 3), (Record("a.jpg", -1, -1), Record("b.jpg", -1, -1)), 0, {})
+    found = [{"query": "\x1b[31m.jpg", "matches": [{"path": "\x1b]0;x\x07.jpg", "cosine": 0.5}]}]
+    monkeypatch.setattr("fusionreid.engine.search.nearest", lambda *_: found)
+    one = str(tmp_path / "one")
+    assert search(["--query", one, "--gallery", one]) == 0
+    assert "\x1b" not in (out := capfd.readouterr().out)
+    assert r"\x1b[31m.jpg" in out

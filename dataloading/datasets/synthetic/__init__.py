@@ -17,8 +17,10 @@ from PIL import Image
 from fusionreid.dataloading.config import DatasetsConfig
 from fusionreid.dataloading.datasets import market1501
 from fusionreid.dataloading.datasets.synthetic.camera import camera_of, picture
+from fusionreid.dataloading.image_files import read_file
 from fusionreid.dataloading.records import DataError, Split, printable
 from fusionreid.errors import StorageError
+from fusionreid.files import locked
 
 PARAMETERS = "synthetic.json"  # beside the folders: what they were rendered from
 RENDERER = 1  # counts changes of the pictures that the same parameters give
@@ -37,7 +39,8 @@ def render_dataset(
     """Write the whole data set to `root`, unless it is there; `images` is per person and camera.
 
     Of each test person and camera the first picture is the query, the others are gallery; one in six gallery
-    pictures more shows a distractor. The folder appears at once and whole, also when several processes render it.
+    pictures more shows a distractor. The folder appears at once and whole; of several processes one renders, the
+    others wait.
     """
     if min(persons, test_persons) < 1 or min(cameras, images) < 2 or min(size) < 16 or seed < 0:
         raise DataError(
@@ -50,23 +53,24 @@ def render_dataset(
     if _complete(root, wanted):
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    try:
-        draft.chmod(0o755)
-        for folder in market1501.PARTS.values():
-            (draft / folder).mkdir()
-        for folder, number, person, camera, image in _pictures(persons, test_persons, cameras, images):
-            name = f"{number:04d}_c{camera + 1}s1_{25 * image + 1:06d}_{image + 1:02d}.jpg"
-            pixels = Image.fromarray(render_person(seed, person, camera, image, size))
-            pixels.save(draft / folder / name, "JPEG", quality=camera_of(seed, camera, size).quality)
-        (draft / PARAMETERS).write_text(json.dumps(wanted))
+    with locked(root.parent / f".{root.name}.lock"):
+        if _complete(root, wanted):  # by now
+            return root
+        for left in root.parent.glob(f".{root.name}-*"):  # by processes that were killed
+            shutil.rmtree(left, ignore_errors=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
         try:
+            draft.chmod(0o755)
+            for folder in market1501.PARTS.values():
+                (draft / folder).mkdir()
+            for folder, number, person, camera, image in _pictures(persons, test_persons, cameras, images):
+                name = f"{number:04d}_c{camera + 1}s1_{25 * image + 1:06d}_{image + 1:02d}.jpg"
+                pixels = Image.fromarray(render_person(seed, person, camera, image, size))
+                pixels.save(draft / folder / name, "JPEG", quality=camera_of(seed, camera, size).quality)
+            (draft / PARAMETERS).write_text(json.dumps(wanted))
             os.rename(draft, root)
-        except OSError:  # another process came first
-            if not _complete(root, wanted):
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
     return root
 
 
@@ -75,7 +79,7 @@ def _complete(root: Path, wanted: dict[str, object]) -> bool:
     if not root.is_dir() or not any(root.iterdir()):
         return False
     try:
-        found = json.loads((root / PARAMETERS).read_text())
+        found = json.loads(read_file(str(root / PARAMETERS)))
     except (OSError, ValueError):
         found = "files of other origin"
     if found != wanted:

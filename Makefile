@@ -13,11 +13,14 @@ demo: .venv/installed  ## render a data set, train on it, evaluate beside two ba
 	$(BIN)/python engine/train.py --config_file configs/synthetic/tiny.yml
 	$(BIN)/python engine/evaluate.py --config_file configs/synthetic/tiny.yml --baselines
 
-test: .venv/installed  ## some eight minutes on two cores without a GPU
+test: .venv/installed  ## all tests; `-m 'not slow'` is the quick part
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 sanitize: .venv/installed  ## every Triton kernel as compiled for sm_90, executed on the CPU in fp32, fp16 and bf16
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/sanitize -m sanitize --numprocesses 2
+
+sweep: .venv/installed  ## thousands of random sequences and injected faults; up to an hour
+	$(BIN)/python -m pytest -m sweep
 
 lint: .venv/installed
 	$(BIN)/ruff check .

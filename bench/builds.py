@@ -73,23 +73,24 @@ class Build:
 
     @property
     def programs(self) -> int:
-        """How many of them fit a multiprocessor at once."""
+        """Number of programs that fit a multiprocessor at once."""
         registers = 32 * self.warps * -(-self.registers // 8) * 8
         shared, _ = SHARED_BYTES[self.capability]
         return min(REGISTERS // registers, WARPS // self.warps, 32, shared // (self.shared_bytes + 1024))
 
     @property
     def fits(self) -> bool:
+        """Whether a multiprocessor has room for one."""
         return self.programs > 0 and self.shared_bytes <= SHARED_BYTES[self.capability][1]
 
 
 def builds(call: Callable[[], object], capability: int) -> list[Build]:
-    """All launches of a call on CPU tensors, compiled for a capability (90 is sm_90), each kernel and setting once."""
+    """Compile all launches of a call on CPU tensors for a capability (90 is sm_90), each kernel and setting once."""
     return [_inspect(kernel, grid, capability) for kernel, grid in compiled(call, capability)]
 
 
 def compiled(call: Callable[[], object], capability: int) -> list[tuple[Any, int]]:
-    """Triton's kernels of all launches of a call, each kernel and setting once, and how many programs they have."""
+    """Return the kernels of all launches of a call, each with a setting once, and their numbers of programs."""
     kernels: dict[str, tuple[Any, int]] = {}
     with _compiling(kernels, capability):
         call()
@@ -152,9 +153,19 @@ def _inspect(kernel: Any, grid: int, capability: int) -> Build:
     meta, ttgir = kernel.metadata, kernel.asm["ttgir"]
     instructions = Counter(name + " RS" * bool(of_registers) for name, of_registers in MATRIX_INSTRUCTION.findall(code))
     return Build(
-        meta.name, capability, meta.num_warps, registers, stack, local, meta.shared, dict(sorted(instructions.items())),
-        bool(PRODUCT.search(kernel.asm["ttir"])), grid, wait_depth(ttgir), waiting_turns(ttgir),
-    )  # fmt: skip
+        meta.name,
+        capability,
+        meta.num_warps,
+        registers,
+        stack,
+        local,
+        meta.shared,
+        dict(sorted(instructions.items())),
+        bool(PRODUCT.search(kernel.asm["ttir"])),
+        grid,
+        wait_depth(ttgir),
+        waiting_turns(ttgir),
+    )
 
 
 def _cuobjdump(*arguments: str) -> str:
@@ -162,7 +173,7 @@ def _cuobjdump(*arguments: str) -> str:
 
 
 def report(suite: str) -> list[dict[str, Any]]:
-    """Every launch of a suite for every GPU. Two processes compile."""
+    """Compile every launch of a suite for every GPU, in two processes."""
     launches = list(import_module(f"bench.suite_{suite}").launches())
     jobs = [(launch, capability) for launch in launches for capability in CAPABILITIES]
     fork = multiprocessing.get_context("fork")  # a launch is a closure: it is inherited, not sent
@@ -182,14 +193,27 @@ def _rows(number: int) -> list[dict[str, Any]]:
     launch, capability = _jobs[number]
     found = builds(launch.call, capability)
     return [
-        {"launch": launch.name, "bytes": launch.bytes_moved, "operations": launch.operations, **asdict(build),
-         "programs": build.programs, "fits": build.fits,
-         "predicted_s": predicted_s(
-             capability, launch.bytes_moved, launch.operations, tensor_share(build.matrix_instructions, capability),
-             build.grid * launch.copies, build.programs, build.waiting_turns,
-         ) if len(found) == 1 else None}
+        {
+            "launch": launch.name,
+            "bytes": launch.bytes_moved,
+            "operations": launch.operations,
+            **asdict(build),
+            "programs": build.programs,
+            "fits": build.fits,
+            "predicted_s": predicted_s(
+                capability,
+                launch.bytes_moved,
+                launch.operations,
+                tensor_share(build.matrix_instructions, capability),
+                build.grid * launch.copies,
+                build.programs,
+                build.waiting_turns,
+            )
+            if len(found) == 1
+            else None,
+        }
         for build in found
-    ]  # fmt: skip
+    ]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ LATENCY_S = 0.6e-6  # of a load from device memory under load, an estimate
 
 @dataclass(frozen=True)
 class Gpu:
+    """Rates of a GPU."""
+
     name: str
     multiprocessors: int
     bytes_per_s: float
@@ -80,6 +82,7 @@ def wait_depth(ttgir: str) -> int | None:
 def predicted_s(
     capability: int, bytes_moved: float, operations: float, share: float, programs: int, at_once: int, turns: int
 ) -> float:
+    """Predict the time of a launch: its bytes or operations, and the latency of its waves of programs."""
     gpu = GPUS[capability]
     work = max(bytes_moved / gpu.bytes_per_s, operations / (gpu.operations_per_s * share))
     waves = math.ceil(programs / (gpu.multiprocessors * max(1, at_once)))

@@ -66,6 +66,7 @@ Step = Callable[[bool], list[Tensor]]  # exact or not
 
 
 def cases(settings: Settings) -> list[Case]:
+    """List the cases of a size."""
     images, (height, width), model = SIZES[settings.size]
     name = f"{model['RES_NAME']} and {model['TRANSFORMER_TYPE']}" if model else "ResNet-50 and ViT-B/16, stride 12"
     shape = f"{name}, B {images}, {height} x {width}, {_precision(settings)}"
@@ -81,6 +82,7 @@ def cases(settings: Settings) -> list[Case]:
 
 @contextmanager
 def training_step(settings: Settings) -> Iterator[Work]:
+    """Prepare a training step and its alternatives."""
     with _trainer(settings) as (trainer, batch):
         precision = trainer.cfg.SOLVER.PRECISION
 
@@ -109,7 +111,7 @@ def training_step(settings: Settings) -> Iterator[Work]:
 
 @contextmanager
 def embedding(settings: Settings) -> Iterator[Work]:
-    """Without the neck, of all heads."""
+    """Prepare the test vectors of a batch, without the neck, of all heads."""
     with _trainer(settings) as (trainer, batch), parallel.autocast(trainer.cfg.SOLVER.PRECISION, settings.device):
         ours, theirs, images = trainer.model.eval(), as_published(_copy(trainer)).eval(), batch.images.contiguous()
 
@@ -128,6 +130,7 @@ def embedding(settings: Settings) -> Iterator[Work]:
 
 @contextmanager
 def one_part(settings: Settings, part: str) -> Iterator[Work]:
+    """Prepare one part of the model and its alternative."""
     with _trainer(settings) as (trainer, batch):
         ours, theirs = _copy(trainer), as_published(_copy(trainer))
         compile_parts(ours, trainer.cfg.PARALLEL, settings.device)
@@ -148,7 +151,7 @@ def one_part(settings: Settings, part: str) -> Iterator[Work]:
 
 
 def first_in_fp32(settings: Settings, steps: Mapping[str, Step]) -> dict[str, Call]:
-    """Calls whose first time, which is compared, is exact: batch norms of an untrained model magnify any rounding."""
+    """Make calls whose first one, which is compared, is exact: untrained batch norms magnify any rounding."""
 
     def begin(step: Step) -> Call:
         first = iter([True])
@@ -166,6 +169,7 @@ def first_in_fp32(settings: Settings, steps: Mapping[str, Step]) -> dict[str, Ca
 
 @contextmanager
 def optimiser(settings: Settings) -> Iterator[Work]:
+    """Prepare the optimiser's step and its alternative."""
     with _trainer(settings) as (trainer, _):
         ours, theirs = _copy(trainer), _copy(trainer)
         solver = trainer.cfg.SOLVER
@@ -180,14 +184,18 @@ def optimiser(settings: Settings) -> Iterator[Work]:
             update()
             return [p.detach() for p in list(model.parameters())[:COMPARED]]
 
-        yield _work(settings, {
-            "ours": lambda: step(ours, lambda: fused.step(fine)), "as published": lambda: step(theirs, plain.step),
-        })  # fmt: skip
+        yield _work(
+            settings,
+            {
+                "ours": lambda: step(ours, lambda: fused.step(fine)),
+                "as published": lambda: step(theirs, plain.step),
+            },
+        )
 
 
 @contextmanager
 def data(settings: Settings) -> Iterator[Work]:
-    """Ours are resident by then, as in every epoch but the first; the others come from files, by one process."""
+    """Prepare a batch: ours are cached images, as in every epoch but the first; others read files in one process."""
     with _trainer(settings) as (trainer, batch):
         plan, size, places = trainer.loader.plan(1), SIZES[settings.size][1], range(len(batch.images))
         files = FilesDataset(trainer.split.train, plan, size, by_pillow)

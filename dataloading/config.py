@@ -60,5 +60,6 @@ class DataloaderConfig(Section):
     NUM_WORKERS: Annotated[int, Field(ge=0, le=512)] = 14  # decoding processes; 0: decode in the main process
     NUM_INSTANCE: PositiveInt = 16  # images per person in a batch
     BACKEND: Literal["auto", "dali", "torchvision"] = "auto"  # what decodes; auto: DALI on a GPU, if it is installed
+    AUGMENT: Literal["kernel", "dali"] = "kernel"  # what flips, crops and normalises where DALI decodes at every use
     CACHE: Literal["auto", "device", "host", "none"] = "auto"  # where decoded images stay; auto: where they fit
     SAMPLER: Annotated[str, "a batch is always persons x instances"] = "softmax_triplet"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from fusionreid.dataloading.decode_workers import DecodeWorkers
 from fusionreid.dataloading.fallback_reader import FallbackReader
 from fusionreid.dataloading.index import index_folder
 from fusionreid.dataloading.records import DataError, Record, printable
+
+if TYPE_CHECKING:
+    from fusionreid.dataloading.dali import DaliDecoder
 
 JPEG_SHARE = 0.99  # of the files are JPEGs by name where DALI pays: it hands all others back
 Backend = Literal["dali", "torchvision"]
@@ -62,20 +65,31 @@ class ImageSet:
 
     def from_files(self) -> ImageSource:
         """Return a source that decodes every image at every use."""
-        paths, size, resize, cfg = self.paths, self.size, self.resize, self.cfg
-        if backend(cfg, paths, self.device) == "torchvision":
-            pin = self.device.type == "cuda"
-            return DecodeWorkers(paths, size, resize, cfg.NUM_WORKERS, fallback=self.reader, pin=pin)
+        if self._backend() == "torchvision":
+            workers, pin = self.cfg.NUM_WORKERS, self.device.type == "cuda"
+            return DecodeWorkers(self.paths, self.size, self.resize, workers, fallback=self.reader, pin=pin)
+        return self._dali()
+
+    def augmented_by_dali(self, mean: Sequence[float], std: Sequence[float]) -> "DaliDecoder | None":
+        """Return a source that also augments, by DATALOADER.AUGMENT dali; None where DALI does not decode."""
+        chosen = self.cfg.AUGMENT == "dali" and self._backend() == "dali"
+        return self._dali((mean, std)) if chosen else None
+
+    def _backend(self) -> Backend:
+        return backend(self.cfg, self.paths, self.device)
+
+    def _dali(self, normalize: tuple[Sequence[float], Sequence[float]] | None = None) -> "DaliDecoder":
         from fusionreid.dataloading.dali import DaliDecoder  # installed only where it is wanted
 
         return DaliDecoder(
-            paths,
-            size,
-            resize,
+            self.paths,
+            self.size,
+            self.resize,
             batch_size=self.batch_size,
-            num_threads=cfg.NUM_WORKERS,
+            num_threads=self.cfg.NUM_WORKERS,
             device=self.device,
             fallback=self.reader,
+            normalize=normalize,
         )
 
     def cached(self, root: str, share: slice = slice(None), *, fill: bool = True) -> tuple[CachedImages | None, str]:
@@ -86,7 +100,7 @@ class ImageSet:
         """
         size, cfg = self.size, self.cfg
         num_bytes = len(self.paths) * size[0] * size[1] * 3
-        place, how = self._place(num_bytes, share), f"{backend(cfg, self.paths, self.device)} {self.resize}"
+        place, how = self._place(num_bytes, share), f"{self._backend()} {self.resize}"
         part = f"{Path(root).stem}-{self.part}" if os.path.isfile(root) else self.part  # lists may lie side by side
         name = f".fusionreid-{part}-{size[0]}x{size[1]}-{how.replace(' ', '-')}.safetensors"
         file = index_folder(root) / name

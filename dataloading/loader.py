@@ -14,7 +14,7 @@ from fusionreid.dataloading.decode import BICUBIC, BILINEAR
 from fusionreid.dataloading.image_source import ImageSet
 from fusionreid.dataloading.plan import EpochPlan, epoch_plan
 from fusionreid.dataloading.records import Record, Split, check_batch
-from fusionreid.kernels.augmentation import augment, normalize
+from fusionreid.kernels.augmentation import augment, erase_rectangles, normalize
 
 
 @dataclass
@@ -63,7 +63,8 @@ class TrainLoader:
         )
         self._replacements = images.reader.replacements
         cached, self.note = images.cached(split.root)
-        self._source = cached or images.from_files()
+        self._dali = None if cached else images.augmented_by_dali(input_cfg.PIXEL_MEAN, input_cfg.PIXEL_STD)
+        self._source = cached or self._dali or images.from_files()
         self._plan: tuple[int, EpochPlan] | None = None  # of the last epoch asked for
 
     def plan(self, epoch: int) -> EpochPlan:
@@ -102,23 +103,33 @@ class TrainLoader:
             for array in (plan.image, plan.flip, plan.shift, plan.erase, self._labels, self._cameras)
         )
         persons, cameras = labels[image], cameras[image]
-        pixels = self._source([plan.image[part] for part in slices])
-        for (decoded, rows), part in zip(pixels, slices):
+        augmented: Iterator[Tensor]
+        if self._dali:
+            inputs = [(plan.image[part], plan.flip[part], plan.shift[part]) for part in slices]
+            augmented = (
+                erase_rectangles(images, erase[part], index[part], seed=self.seed, epoch=epoch)
+                for images, part in zip(self._dali.augmented(inputs), slices)
+            )
+        else:
+            augmented = self._augmented(epoch, plan, slices, (flip, shift, erase, index))
+        for images, part in zip(augmented, slices):
             for position, replacement in self._replacements.items():  # nearly always none
                 cameras[image == position] = int(self._cameras[replacement])
-            images = augment(
+            yield Batch(images, persons[part], cameras[part], image[part])
+
+    def _augmented(
+        self, epoch: int, plan: EpochPlan, slices: Sequence[slice], parameters: Sequence[Tensor]
+    ) -> Iterator[Tensor]:
+        for (decoded, rows), part in zip(self._source([plan.image[part] for part in slices]), slices):
+            yield augment(
                 decoded.to(self.device, non_blocking=True),
-                flip[part],
-                shift[part],
-                erase[part],
-                index[part],
+                *(values[part] for values in parameters),
                 seed=self.seed,
                 epoch=epoch,
                 mean=self._input.PIXEL_MEAN,
                 std=self._input.PIXEL_STD,
                 rows=rows,
             )
-            yield Batch(images, persons[part], cameras[part], image[part])
 
     def close(self) -> None:
         """End the workers and free the cached images."""

@@ -100,6 +100,12 @@ class Outcome:
             level = logging.INFO if code in REASONS else logging.ERROR
             self.file.handle(logging.LogRecord("command", level, "", 0, reason, None, why))
 
+    def tell_loss(self, reason: str) -> None:
+        """Tell and write that another process of the run is lost, which ends this one."""
+        error = peers.PeerError(reason)
+        self.tell(error.exit_code, reason, error)
+        self.write(error.exit_code, reason)
+
     def write(self, code: int, reason: str) -> None:
         """Code and reason as exit.json, since torchrun answers 1 whatever its processes answer; the first one stays."""
         if self.folder is None or not self.folder.is_dir() or (RANK and not code) or (self.folder / EXIT).exists():
@@ -120,13 +126,13 @@ def run(command: Command, argv: Sequence[str] | None = None, parser: Parser | No
             stream.reconfigure(errors="backslashreplace")  # LANG=C has no letters for many names
     options = vars((parser or command_parser(command)).parse(sys.argv[1:] if argv is None else argv))
     outcome = Outcome(command.name)
-    peers.tell_losses(lambda reason: outcome.write(peers.PeerError.exit_code, reason))
+    peers.tell_losses(outcome.tell_loss)
     errors = Output(sys.stderr) if sys.stderr else None
     with Signals(outcome.at_once), logging_to(errors) as file:
         output = Results(sys.stdout, file if RANK == 0 else None) if sys.stdout else None
         with redirect_stdout(output), redirect_stderr(errors):
             code, reason = _attempt(command, options, outcome, file)
-        peers.stop()
+        peers.stop(done=code == 0)
         _flush()
         outcome.write(code, reason)
     return code

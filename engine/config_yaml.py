@@ -102,6 +102,15 @@ def dump(values: Mapping[str, Any]) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested keys as dotted ones, each with its value."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def validate(schema: type[Schema], settings: dict[str, Setting], problems: list[str]) -> Schema:
     """Validate again and again without the wrong keys, so that contradictions are reported along with wrong types.
 

@@ -28,10 +28,12 @@ def embed(cfg: "Config", *, images: Path, output: Path) -> None:
     from fusionreid.engine.distributed import parallel
     from fusionreid.engine.evaluation import embeddings
     from fusionreid.engine.evaluation.extract import embed_to_folder
+    from fusionreid.engine.monitoring import memory
 
     folder = output.resolve()
     embeddings.check_place(folder)
-    count = embed_to_folder(cfg, images, folder)
+    with memory.explained("evaluation", cfg):
+        count = embed_to_folder(cfg, images, folder)
     if command.RANK == 0:
         print(f"{count} images: {output}")
     parallel.finish()

@@ -26,9 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(cfg: "Config", *, baselines: bool) -> None:
+    from fusionreid.engine.monitoring import memory
     from fusionreid.engine.storage import lock
 
-    with lock(Path(cfg.OUTPUT_DIR)) if command.RANK == 0 else nullcontext():
+    with lock(Path(cfg.OUTPUT_DIR)) if command.RANK == 0 else nullcontext(), memory.explained("evaluation", cfg):
         from fusionreid.engine.reporting.evaluate_run import evaluate_checkpoint, evaluate_stored
 
         if cfg.TEST.EMBEDDINGS:

@@ -22,11 +22,11 @@ from fusionreid.dataloading.decode_workers import check_shared_memory
 from fusionreid.dataloading.records import check_batch, printable, scarce_persons
 from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.checkpoints.compare import compare
-from fusionreid.engine.checkpoints.load_model import build, config_of, find_checkpoint, restore
+from fusionreid.engine.checkpoints.load_model import build, find_checkpoint, restore
 from fusionreid.engine.config import Config
 from fusionreid.engine.evaluation.evaluator import check_cameras, split_ids
 from fusionreid.engine.evaluation.retrieval import check_matches
-from fusionreid.engine.training.resume import what_decides
+from fusionreid.engine.training.resume import position_of
 from fusionreid.errors import ReIDError
 from fusionreid.weights import check_weights, load_pretrained
 
@@ -168,9 +168,10 @@ def _checkpoint(cfg: Config, model: FusionReID | None) -> tuple[str, None]:
     """Check what training would go on from as it does itself, and what TEST.WEIGHT names as `evaluate` does."""
     folder = Path(cfg.OUTPUT_DIR) / "checkpoints"
     text = f"none in {folder}: training starts anew"
+    checkpoint.read_progress(folder)
     if newest := checkpoint.latest(folder):
         tensors, state = checkpoint.load(newest)
-        compare("the configuration", what_decides(cfg), what_decides(config_of(state, newest)))
+        position_of(state, newest, cfg)
         if model is not None:
             compare("the model", model.state_dict(), tensors["model"])
         text = f"training goes on from {newest}"

@@ -1,9 +1,9 @@
 """Search a gallery: which of its images look most like each query, by the cosine of their features.
 
 `python engine/search.py --query Q --gallery G [--top 10] [--at-least COSINE] [--json FILE] [--config_file FILE]
-[KEY VALUE ...]`; each of Q and G is a folder of embeddings, as evaluate and embed leave it, or an image or a folder of
-images, for which the model of the configuration is needed. An evaluation with TEST.DETAILS says which cosine means the
-same person.
+[KEY VALUE ...]`; each of Q and G is a folder of embeddings, as embed writes it, or a run that was evaluated, an image
+or a folder of images, for which the model of the configuration is needed. An evaluation with TEST.DETAILS says which
+cosine means the same person.
 """
 
 import logging
@@ -50,11 +50,11 @@ def search(cfg: "Config", *, query: Path, gallery: Path, top: int, at_least: flo
 
 
 def options(parser: ArgumentParser) -> None:
-    kinds = "an image, a folder of images, or a folder of embeddings as evaluate and embed write it"
+    kinds = "an image, a folder of images, a folder of embeddings as embed writes it, or an evaluated run"
     parser.add_argument("--query", required=True, type=arguments.path, metavar="PATH",
                         help=f"whom to look for: {kinds}; as in lost.jpg")  # fmt: skip
     parser.add_argument("--gallery", required=True, type=arguments.path, metavar="PATH",
-                        help="where to look, likewise; as in log/own/embeddings")  # fmt: skip
+                        help="where to look, likewise; as in log/own")  # fmt: skip
     parser.add_argument("--top", default=10, type=_count, metavar="N", help="matches per query, as in 5 (default: 10)")
     parser.add_argument("--at-least", default=-1.0, type=_cosine, metavar="COSINE",
                         help="show no match below this cosine, as in 0.62 (default: show all)")  # fmt: skip
@@ -99,8 +99,9 @@ def _load_or_embed(cfg: "Config", path: Path) -> "Embeddings | None":
     from fusionreid.engine.evaluation import embeddings
     from fusionreid.engine.evaluation.finite import check_finite
 
-    if (path / embeddings.INDEX).is_file():
-        stored = embeddings.load(path)
+    folder = embeddings.folder_at(path)
+    if (folder / embeddings.INDEX).is_file():
+        stored = embeddings.load(folder)
         check_finite(stored.features, stored.records)
         return stored
     from fusionreid.engine.evaluation.extract import embed_images  # loads what a model needs
@@ -136,7 +137,7 @@ COMMAND = Command(
     "find the gallery images that look most like each query",
     "Rank gallery images by the cosine of their features to each query. Stored embeddings need no configuration;\n"
     "images are embedded by the model that --config_file names.",
-    ["--query log/own/embeddings --gallery log/own/embeddings --top 5",
+    ["--query log/lost --gallery log/own --top 5",
      "--query lost.jpg --gallery log/crops --at-least 0.62 --config_file my.yml"],
     options,
     needs_config=False,

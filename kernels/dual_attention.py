@@ -9,8 +9,8 @@ so the softmax takes one pass and nothing is rescaled. The backward pass compute
 
     P = exp(S - lse),  delta = rowsum(dO O):   dV = P^T dO,  dS = P (dO V^T - delta),  dQ = dS K,  dK = dS^T Q
 
-and has no atomics: the program owns all keys of its head, so dQ of a tile of queries is complete with the tile. Where
-the tokens are one more than whole tiles (129 = 1 + 128), the class token, token 0, is taken apart as a row and a column
+and has no atomics: one program computes all of a head's gradients, in the same order every time. Where the tokens
+are one more than whole tiles (129 = 1 + 128), the class token, token 0, is taken apart as a row and a column
 of multiply-adds. Exponents are base 2.
 """
 
@@ -25,6 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fusionreid.kernels._path import capability, on_device_of, use_triton
+
+torch.compiler.assume_constant_result(capability)  # not where it is defined: this loads the compiler
 
 FP32 = torch.finfo(torch.float32)
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -115,10 +117,14 @@ def _backward(qkv: Tensor, out: Tensor, grad: Tensor, lse: Tensor, scale: float)
     dqkv = torch.empty_like(qkv)
     images, tokens, _, heads, width = qkv.shape
     blocks = _backward_blocks(tokens)
+    if len(blocks) == 1:
+        starts, rows, stages, warps = lse, 64, 3, 8
+    else:
+        starts, rows, stages, warps = lse.new_empty(images, heads, 2, tokens), 32, 2, 4
     with on_device_of(qkv):
         backward_kernel[(images * heads,)](
-            qkv, out, grad, lse, dqkv, scale,
-            tokens, blocks, 64 if len(blocks) == 1 else 32, heads, width, _padded(width), num_warps=8,
+            qkv, out, grad, lse, starts, dqkv, scale,
+            tokens, blocks, rows, heads, width, _padded(width), stages, num_warps=warps,
         )  # fmt: skip
     return dqkv
 
@@ -163,7 +169,7 @@ def _forward_blocks(tokens: int) -> Blocks:
 
 
 def _backward_blocks(tokens: int) -> Blocks:
-    """At most two, so that dK and dV fit the registers: 129 is 1 + 128, 211 in 128 + 128."""
+    """At most two, whose dK and dV fit the registers one after the other: 129 is 1 + 128, 211 in 128 + 128."""
     if tokens in (65, 129):
         return ((1, tokens - 1),)
     if tokens <= 128:
@@ -246,12 +252,14 @@ def _attend_from_class_token(
 
 @triton.jit
 def backward_kernel(
-    qkv_ptr, out_ptr, do_ptr, lse_ptr, dqkv_ptr, scale, N: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
-    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    qkv_ptr, out_ptr, do_ptr, lse_ptr, starts_ptr, dqkv_ptr, scale, N: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B H,): dK and dV of a head stay in registers while its queries pass, ROWS at a time, and get their dQ.
+    """Grid (B H,): dK and dV of a block of keys stay in registers while all queries pass, ROWS at a time.
 
-    S is computed transposed, keys by queries: P and dS then enter the products for dV and dK from registers.
+    S is computed transposed, keys by queries: P and dS then enter the products for dV and dK from registers. The
+    products for S and dO V^T start at -lse and -delta, in their units. With two blocks a sweep over the queries makes
+    these numbers first, (B H, 2, N), and dQ of the first block waits in its place for that of the second.
     """
     C: tl.constexpr = H * D
     FIRST: tl.constexpr = BLOCKS[0][0]
@@ -263,60 +271,81 @@ def backward_kernel(
     out_ptr += image * (N * C) + head * D
     do_ptr += image * (N * C) + head * D
     lse_ptr += pair * N
+    starts_ptr += pair * 2 * N
+    delta_ptr = starts_ptr + N
     log2_scale = scale * LOG2_E
-    keys = _load_blocks(qkv_ptr + C, N, 3 * C, D, BLOCK_D, BLOCKS)
-    values = _load_blocks(qkv_ptr + 2 * C, N, 3 * C, D, BLOCK_D, BLOCKS)
-    dk: tl.tuple = ()
-    dv: tl.tuple = ()
-    if FIRST == 1:
-        class_key = _load_token(qkv_ptr + C, D, BLOCK_D)
-        class_value = _load_token(qkv_ptr + 2 * C, D, BLOCK_D)
-        dk, dv, class_dk, class_dv = _differentiate_class_token(
-            qkv_ptr, out_ptr, do_ptr, lse_ptr, dqkv_ptr, keys, values, class_key, class_value, scale, D, BLOCK_D
-        )
-    else:
-        for i in tl.static_range(len(BLOCKS)):
-            dk += (tl.zeros(keys[i].shape, tl.float32),)
-            dv += (tl.zeros(keys[i].shape, tl.float32),)
-    for first in tl.range(FIRST, N, ROWS, num_stages=3):
-        q = _load(qkv_ptr, first, N, 3 * C, D, ROWS, BLOCK_D, WHOLE)
-        do = _load(do_ptr, first, N, C, D, ROWS, BLOCK_D, WHOLE)
-        out = _load(out_ptr, first, N, C, D, ROWS, BLOCK_D, WHOLE)
-        token = first + tl.arange(0, ROWS)
-        lse = tl.load(lse_ptr + token, mask=token < N, other=float("inf"))  # past the last query every weight is 0
-        delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-        dq = tl.zeros((BLOCK_D, ROWS), tl.float32)
-        next_dk: tl.tuple = ()
-        next_dv: tl.tuple = ()
-        for i in tl.static_range(len(BLOCKS)):
-            p = tl.exp2(tl.dot(keys[i], tl.trans(q)) * log2_scale - lse[None, :])  # [size, ROWS]
+    if len(BLOCKS) > 1:
+        for first in tl.range(0, N, ROWS, num_stages=STAGES):
+            do = _load(do_ptr, first, N, C, D, ROWS, BLOCK_D, WHOLE)
+            s_start, dp_start = _starts(out_ptr, do, lse_ptr, log2_scale, first, N, C, D, ROWS, BLOCK_D, WHOLE)
+            token = first + tl.arange(0, ROWS)
+            tl.store(starts_ptr + token, s_start, mask=token < N)
+            tl.store(delta_ptr + token, dp_start, mask=token < N)
+    for i in tl.static_range(len(BLOCKS)):
+        k = _load_block(qkv_ptr + C, i, N, 3 * C, D, BLOCK_D, BLOCKS)
+        v = _load_block(qkv_ptr + 2 * C, i, N, 3 * C, D, BLOCK_D, BLOCKS)
+        if FIRST == 1:
+            class_key = _load_token(qkv_ptr + C, D, BLOCK_D)
+            class_value = _load_token(qkv_ptr + 2 * C, D, BLOCK_D)
+            dk, dv, class_dk, class_dv = _differentiate_class_token(
+                qkv_ptr, out_ptr, do_ptr, lse_ptr, dqkv_ptr, k, v, class_key, class_value, scale, D, BLOCK_D
+            )
+        else:
+            dk = tl.zeros(k.shape, tl.float32)
+            dv = tl.zeros(k.shape, tl.float32)
+        if len(BLOCKS) > 1:
+            tl.debug_barrier()  # other threads wrote the starts and the first block's dQ
+        for first in tl.range(FIRST, N, ROWS, num_stages=STAGES):
+            q = _load(qkv_ptr, first, N, 3 * C, D, ROWS, BLOCK_D, WHOLE)
+            do = _load(do_ptr, first, N, C, D, ROWS, BLOCK_D, WHOLE)
+            if len(BLOCKS) > 1:
+                token = first + tl.arange(0, ROWS)
+                s_start = tl.load(starts_ptr + token, mask=token < N, other=float("-inf"))
+                dp_start = tl.load(delta_ptr + token, mask=token < N, other=0.0)
+            else:
+                s_start, dp_start = _starts(out_ptr, do, lse_ptr, log2_scale, first, N, C, D, ROWS, BLOCK_D, WHOLE)
+            s = tl.dot(k, tl.trans(q), tl.broadcast_to(s_start[None, :], [BLOCKS[i][1], ROWS]))
+            dp = tl.dot(v, tl.trans(do), tl.broadcast_to(dp_start[None, :], [BLOCKS[i][1], ROWS]))
+            p = tl.exp2(s * log2_scale)
             if BLOCKS[i][0] + BLOCKS[i][1] > N:
                 p = tl.where((BLOCKS[i][0] + tl.arange(0, BLOCKS[i][1]) < N)[:, None], p, 0.0)
-            ds = (p * (tl.dot(values[i], tl.trans(do)) - delta[None, :])).to(q.dtype)
-            next_dv += (tl.dot(p.to(q.dtype), do, dv[i]),)
-            next_dk += (tl.dot(ds, q, dk[i]),)
-            dq = tl.dot(tl.trans(keys[i]), ds, dq)
-        dk = next_dk
-        dv = next_dv
+            ds = (p * dp).to(q.dtype)
+            dv = tl.dot(p.to(q.dtype), do, dv)
+            dk = tl.dot(ds, q, dk)
+            dq = tl.dot(tl.trans(k), ds)  # [BLOCK_D, ROWS]
+            if FIRST == 1:
+                wide_q, wide_do = q.to(tl.float32), do.to(tl.float32)
+                class_p = tl.exp2((tl.sum(wide_q * class_key, 1) + s_start) * log2_scale)
+                class_ds = class_p * (tl.sum(wide_do * class_value, 1) + dp_start)
+                class_dk += tl.sum(class_ds[:, None] * wide_q, 0)
+                class_dv += tl.sum(class_p[:, None] * wide_do, 0)
+                dq += class_key[:, None] * class_ds
+            dq = tl.trans(dq) * scale
+            if i > 0:
+                dq += _load(dqkv_ptr, first, N, 3 * C, D, ROWS, BLOCK_D, WHOLE).to(tl.float32)
+            _store(dqkv_ptr, dq, first, N, 3 * C, D, ROWS, BLOCK_D, WHOLE)
         if FIRST == 1:
-            wide_q, wide_do = q.to(tl.float32), do.to(tl.float32)
-            class_p = tl.exp2(tl.sum(wide_q * class_key, 1) * log2_scale - lse)
-            class_ds = class_p * (tl.sum(wide_do * class_value, 1) - delta)
-            class_dk += tl.sum(class_ds[:, None] * wide_q, 0)
-            class_dv += tl.sum(class_p[:, None] * wide_do, 0)
-            dq += class_key[:, None] * class_ds
-        _store(dqkv_ptr, tl.trans(dq) * scale, first, N, 3 * C, D, ROWS, BLOCK_D, WHOLE)
-    if FIRST == 1:
-        _store_token(dqkv_ptr + C, class_dk * scale, D, BLOCK_D)
-        _store_token(dqkv_ptr + 2 * C, class_dv, D, BLOCK_D)
-    for i in tl.static_range(len(BLOCKS)):
-        _store_block(dqkv_ptr + C, dk[i] * scale, i, N, 3 * C, D, BLOCK_D, BLOCKS)
-        _store_block(dqkv_ptr + 2 * C, dv[i], i, N, 3 * C, D, BLOCK_D, BLOCKS)
+            _store_token(dqkv_ptr + C, class_dk * scale, D, BLOCK_D)
+            _store_token(dqkv_ptr + 2 * C, class_dv, D, BLOCK_D)
+        _store_block(dqkv_ptr + C, dk * scale, i, N, 3 * C, D, BLOCK_D, BLOCKS)
+        _store_block(dqkv_ptr + 2 * C, dv, i, N, 3 * C, D, BLOCK_D, BLOCKS)
+
+
+@triton.jit
+def _starts(
+    out_ptr, do, lse_ptr, log2_scale, first, N: tl.constexpr, C: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """-lse in the units of S and -delta, [ROWS]; past the last query -inf, so that every weight is 0."""
+    out = _load(out_ptr, first, N, C, D, ROWS, BLOCK_D, WHOLE)
+    token = first + tl.arange(0, ROWS)
+    lse = tl.load(lse_ptr + token, mask=token < N, other=float("inf"))
+    return -lse / log2_scale, -tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
 
 
 @triton.jit
 def _differentiate_class_token(
-    qkv_ptr, out_ptr, do_ptr, lse_ptr, dqkv_ptr, keys, values, class_key, class_value, scale,
+    qkv_ptr, out_ptr, do_ptr, lse_ptr, dqkv_ptr, k, v, class_key, class_value, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The class token's query: its dQ is stored, its shares of dK and dV of the other keys and its own are returned."""
@@ -324,20 +353,14 @@ def _differentiate_class_token(
     do = _load_token(do_ptr, D, BLOCK_D)
     lse = tl.load(lse_ptr)
     delta = tl.sum(_load_token(out_ptr, D, BLOCK_D) * do, 0)
+    wide_k = k.to(tl.float32)
+    p = tl.exp2(tl.sum(wide_k * q, 1) * (scale * LOG2_E) - lse)
+    ds = p * (tl.sum(v.to(tl.float32) * do, 1) - delta)
     class_p = tl.exp2(tl.sum(class_key * q, 0) * (scale * LOG2_E) - lse)
     class_ds = class_p * (tl.sum(class_value * do, 0) - delta)
-    dq = class_ds * class_key
-    dk: tl.tuple = ()
-    dv: tl.tuple = ()
-    for i in tl.static_range(len(keys)):
-        wide = keys[i].to(tl.float32)
-        p = tl.exp2(tl.sum(wide * q, 1) * (scale * LOG2_E) - lse)
-        ds = p * (tl.sum(values[i].to(tl.float32) * do, 1) - delta)
-        dq += tl.sum(ds[:, None] * wide, 0)
-        dk += (ds[:, None] * q,)
-        dv += (p[:, None] * do,)
+    dq = tl.sum(ds[:, None] * wide_k, 0) + class_ds * class_key
     _store_token(dqkv_ptr, dq * scale, D, BLOCK_D)
-    return dk, dv, class_ds * q, class_p * do
+    return ds[:, None] * q, p[:, None] * do, class_ds * q, class_p * do
 
 
 @triton.jit
@@ -359,8 +382,16 @@ def _load_blocks(
 ):
     blocks: tl.tuple = ()
     for i in tl.static_range(len(BLOCKS)):
-        blocks += (_load(ptr, BLOCKS[i][0], N, STRIDE, D, BLOCKS[i][1], BLOCK_D, BLOCKS[i][0] + BLOCKS[i][1] <= N),)
+        blocks += (_load_block(ptr, i, N, STRIDE, D, BLOCK_D, BLOCKS),)
     return blocks
+
+
+@triton.jit
+def _load_block(
+    ptr, i: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    return _load(ptr, BLOCKS[i][0], N, STRIDE, D, BLOCKS[i][1], BLOCK_D, BLOCKS[i][0] + BLOCKS[i][1] <= N)
 
 
 @triton.jit

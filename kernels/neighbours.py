@@ -11,6 +11,7 @@ when the gallery comes nearer and nearer, the piece is repeated in parts that ca
 Q queries, G gallery, D width, b queries in a block.
 """
 
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -46,8 +47,12 @@ class Neighbours(NamedTuple):
 
 
 def nearest_neighbours(query: Tensor, gallery: Tensor, k: int, *, normalize: bool = False) -> Neighbours:
-    """Features (Q, D) and (G, D), 1 <= k <= G; with normalize, at unit length."""
-    _check(k, gallery)
+    """Find the k nearest rows of the gallery (G, D) for every query (Q, D), 1 <= k <= G.
+
+    With normalize, features are brought to unit length. ValueError if shapes, types or devices do not fit, or features
+    are not finite.
+    """
+    _check("nearest_neighbours", k, gallery)
     with full_precision(query):
         queries, items = Rows.both(query, gallery, normalize)
         found = _nearest(queries, items, slice(0, len(queries)), k)
@@ -57,19 +62,27 @@ def nearest_neighbours(query: Tensor, gallery: Tensor, k: int, *, normalize: boo
 
 
 def neighbour_lists(features: Tensor, k: int, *, rows: slice | None = None, normalize: bool = False) -> Neighbours:
-    """Of each row, or of some `rows`, among all rows (N, D), itself included: half the products, as d(i, j) = d(j, i).
+    """Find the k nearest of all rows (N, D) for each row, itself included, or for some consecutive `rows`.
 
-    The order is exact; distances that it did not need in fp64 have the error of an fp32 product.
+    Takes half the products of `nearest_neighbours`, as d(i, j) = d(j, i). The order is exact; distances that it did not
+    need in fp64 have the error of an fp32 product.
     """
-    _check(k, features)
+    _check("neighbour_lists", k, features)
+    rows = slice(0, len(features)) if rows is None else rows
+    if (
+        None in (rows.start, rows.stop)
+        or rows.step not in (None, 1)
+        or not 0 <= rows.start <= rows.stop <= len(features)
+    ):
+        raise ValueError(f"neighbour_lists: rows must be consecutive ones among {len(features)}, got {rows}")
     with full_precision(features):
         items, _ = Rows.both(features, features, normalize)
-        return _nearest(items, items, rows or slice(0, len(items)), k)
+        return _nearest(items, items, rows, k)
 
 
-def _check(k: int, gallery: Tensor) -> None:
-    if not 1 <= k <= len(gallery):
-        raise ValueError(f"nearest_neighbours: k must be 1 to {len(gallery)}, the size of the gallery, got {k}")
+def _check(op: str, k: int, gallery: Tensor) -> None:
+    if not isinstance(k, Integral) or not 1 <= k <= len(gallery):
+        raise ValueError(f"{op}: k must be an integer from 1 to {len(gallery)}, the size of the gallery, got {k}")
 
 
 class Candidates(NamedTuple):

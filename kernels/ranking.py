@@ -62,7 +62,14 @@ def rank_counts(
     *,
     normalize: bool = False,
 ) -> RankCounts:
-    """Ranks by squared Euclidean distance of the features (Q, D) and (G, D), brought to unit length with normalize."""
+    """Rank every query's matches by squared Euclidean distance of the features (Q, D) and (G, D).
+
+    Persons and cameras are integers (Q,) and (G,) on the device of the queries; with normalize, features are brought to
+    unit length. A gallery in host memory may be ranked for queries on a GPU. ValueError if shapes, types or devices do
+    not fit, or features are not finite.
+    """
+    _check_ids("rank_counts", query_persons, gallery_persons, query_cameras, gallery_cameras, len(query), len(gallery),
+               query.device)  # fmt: skip
     with full_precision(query):
         queries, items = Rows.both(query, gallery, normalize)
         parts = []
@@ -82,9 +89,16 @@ def rank_counts(
 def rank_counts_of(
     distances: Tensor, query_persons: Tensor, gallery_persons: Tensor, query_cameras: Tensor, gallery_cameras: Tensor
 ) -> RankCounts:
-    """The same for given distances (Q, G), such as a block of re-ranked ones."""
-    if distances.shape != (len(query_persons), len(gallery_persons)) or not distances.isfinite().all():
-        raise ValueError(f"rank_counts_of: distances must be finite (Q, G), got {tuple(distances.shape)}")
+    """Rank every query's matches by given distances (Q, G), such as a block of re-ranked ones; see `rank_counts`."""
+    if distances.ndim != 2 or not distances.is_floating_point():
+        raise ValueError(
+            f"rank_counts_of: distances must be floating (Q, G), got {tuple(distances.shape)} {distances.dtype}"
+        )
+    _check_ids("rank_counts_of", query_persons, gallery_persons, query_cameras, gallery_cameras, len(distances),
+               distances.shape[1], distances.device)  # fmt: skip
+    if not distances.isfinite().all():
+        bad = (~distances.isfinite()).any(1).nonzero().flatten().tolist()
+        raise ValueError(f"rank_counts_of: distances must be finite, those of {len(bad)} queries are not: {bad[:5]}")
     q, g, match = _same_person(query_persons, gallery_persons, query_cameras, gallery_cameras)
     matches = _nearest_first(distances[q[match], g[match]].double(), q[match], g[match], len(distances))
     values = distances.index_put((q, g), torch.tensor(torch.inf, dtype=distances.dtype, device=distances.device))
@@ -98,6 +112,29 @@ def rank_counts_of(
 
     counter.add(values, [given])
     return _joined([(counter.tally(), matches, 0)], torch.arange(len(distances), device=distances.device))
+
+
+def _check_ids(
+    op: str,
+    query_persons: Tensor,
+    gallery_persons: Tensor,
+    query_cameras: Tensor,
+    gallery_cameras: Tensor,
+    num_query: int,
+    num_gallery: int,
+    device: torch.device,
+) -> None:
+    for name, ids, count in (
+        ("query_persons", query_persons, num_query),
+        ("gallery_persons", gallery_persons, num_gallery),
+        ("query_cameras", query_cameras, num_query),
+        ("gallery_cameras", gallery_cameras, num_gallery),
+    ):
+        if ids.shape != (count,) or ids.is_floating_point() or ids.device != device:
+            raise ValueError(
+                f"{op}: {name} must hold one integer for each of {count} rows, on {device}, "
+                f"got {tuple(ids.shape)} {ids.dtype} on {ids.device}"
+            )
 
 
 def _most_first(query_persons: Tensor, gallery_persons: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fusionreid.dataloading.loader import Batch
-from fusionreid.engine.checkpoints.load_model import build, load_model
+from fusionreid.engine.checkpoints.load_model import build
 from fusionreid.engine.config import Config
 from fusionreid.engine.distributed import parallel
 from fusionreid.engine.training.optim import Optimizer
+from fusionreid.engine.training.state import Parts, restore
 from fusionreid.engine.training.train_step import TrainStep
 from tests.runs import ROOT
 
@@ -60,14 +61,10 @@ def train(
     model = parallel.shard(build(cfg, size[0] // size[1], 2).to(dtype), ranks, cfg.PARALLEL)
     optimizer = Optimizer(model, cfg.SOLVER, ranks.device)
     optimizer.set_epoch(2)
-    if start:
-        load_model(model, {name[6:]: t for name, t in start.items() if name.startswith("model/")})
-        whole = {name[10:]: t for name, t in start.items() if name.startswith("optimizer/")}
-        optimizer.load(
-            {name: parallel.shard_like(t, optimizer.parameters[name.rsplit("/", 1)[0]]) for name, t in whole.items()}
-        )
     model.train()
     step = TrainStep(model, optimizer, cfg, ranks)
+    if start:
+        restore(_parts(start) if ranks.main else None, model, step, ranks)
     losses, norms = [], []
     share = size[0] // ranks.world_size
     for number in steps:
@@ -85,6 +82,16 @@ def train(
     for entry, t in optimizer.state().items():
         result[f"optimizer/{entry}"] = parallel.full_tensor(t, like=optimizer.parameters[entry.rsplit("/", 1)[0]])
     return result | {"losses": torch.stack(losses), "gradient_norms": torch.stack(norms)} if losses else result
+
+
+def _parts(result: dict[str, Tensor]) -> Parts:
+    """What a checkpoint of this state holds; the average of the weights is theirs."""
+    parts: Parts = {"model": {}, "optimizer": {}}
+    for name, tensor in result.items():
+        part, _, entry = name.partition("/")
+        if part in parts:
+            parts[part][entry] = tensor
+    return parts | {"average": {name: t for name, t in parts["model"].items() if t.is_floating_point()}}
 
 
 def launch(processes: int, work: list[dict[str, Any]], folder: Path) -> subprocess.Popen[str]:

@@ -54,5 +54,5 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
         dist.broadcast_object_list(host, src=blind)
         raise OutputFolderError(
             f"OUTPUT_DIR {folder} must be shared: process {blind} on host {host[0]} does not see what process 0 writes "
-            "there, so the run could not be resumed; set it to a folder on a file system that all hosts mount"
+            "there; set it to a folder on a file system that all hosts mount"
         )

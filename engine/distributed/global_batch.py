@@ -34,7 +34,7 @@ def check_mining(batch_size: int, instances: int, world_size: int) -> None:
     if share < 2:
         persons = batch_size // instances
         raise MiningError(
-            "PARALLEL.EXACT no: each process mines triplets among its own persons and needs at least 2, but a batch of "
+            "PARALLEL.EXACT no: each process mines triplets among its own persons and needs 2 or more, but a batch of "
             f"SOLVER.IMS_PER_BATCH {batch_size} = {persons} persons x {instances} images on {world_size} processes "
             f"leaves {share}; set PARALLEL.EXACT auto to mine over all processes, or SOLVER.IMS_PER_BATCH to at least "
             f"{2 * instances * world_size}"

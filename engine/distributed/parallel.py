@@ -56,14 +56,6 @@ class Ranks:
         peers.meet()
         return work() if result is None else result
 
-    def once(self, work: Callable[[], T]) -> T:
-        """Do the work on rank 0, however long it takes, and return its result on every rank."""
-        result = [work() if self.main else None]
-        peers.meet()
-        if self.world_size > 1:
-            dist.broadcast_object_list(result)
-        return result[0]  # type: ignore[return-value]  # T of rank 0
-
 
 def start(device_type: str, *, required: bool = False) -> Ranks:
     """Join the processes that torchrun started, or be the only one.

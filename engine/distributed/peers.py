@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
@@ -89,17 +90,18 @@ class Watch(threading.Thread):
                 log.warning("waiting for %d of %d processes, for %.0f min now", missing, self.world_size, minutes)
 
     def find_lost(self, limit_s: float) -> str:
-        """Look for a process that has ended, for at most this long; empty if all seem to live."""
+        """Look for a process that has ended, for at most this long, and count on: others look too. Empty: all live."""
         try:
             others = [rank for rank in range(self.world_size) if rank != self.rank]
             before, since = {rank: self.store.add(f"beat/{rank}", 0) for rank in others}, monotonic()
             while monotonic() - since < limit_s:
+                self.store.add(f"beat/{self.rank}", 1)
                 if self.store.check(["lost"]):
                     return self.store.get("lost").decode()
                 for rank in others:
                     silent = self.store.add(f"beat/{rank}", 0) == before[rank] and monotonic() - since > 4 * INTERVAL_S
-                    if self._is_gone(rank) or silent:
-                        return self._describe(rank)
+                    if (self._is_gone(rank) or silent) and not self.store.check([f"left/{rank}"]):
+                        return self._lose(rank)
                 sleep(0.1)
             return ""
         except RuntimeError:
@@ -117,9 +119,9 @@ class Watch(threading.Thread):
             self.beat, self.beat_since = beat, now
         if now - self.beat_since < SILENCE_S and not self._is_gone(self.next):
             return ""
-        lost = self._describe(self.next)
-        self.store.set("lost", lost)  # for those that watch others
-        return lost
+        if self.store.check([f"left/{self.next}"]):
+            return ""
+        return self._lose(self.next)
 
     def _state(self, rank: int) -> tuple[str, str]:
         """The host of a process, and what is known of it there: "has ended", "hangs" or, of another host, either."""
@@ -138,9 +140,12 @@ class Watch(threading.Thread):
         """Whether a process of this host has ended; of another host only its silence tells."""
         return self._state(rank)[1] == "has ended"
 
-    def _describe(self, rank: int) -> str:
+    def _lose(self, rank: int) -> str:
+        """Say what has become of a process, also to those that watch others."""
         host, state = self._state(rank)
-        return f"process {rank} on host {host} {state}"
+        lost = f"process {rank} on host {host} {state}"
+        self.store.set("lost", lost)
+        return lost
 
     def _stop_orphan(self) -> None:
         """Ask this process to save and end, and end it if it does not."""
@@ -153,10 +158,7 @@ class Watch(threading.Thread):
 
     def end(self, lost: str) -> None:
         """End this process, whose main thread may wait for ever, with exit code 7 and a message."""
-        reason = self.with_remedy(lost)
-        if _tell is not None:
-            _tell(reason)
-        print(f"error: {reason}", file=sys.__stderr__, flush=True)
+        _tell(self.with_remedy(lost))
         os._exit(PeerError.exit_code)
 
     def with_remedy(self, lost: str) -> str:
@@ -170,7 +172,7 @@ class Watch(threading.Thread):
 
 LOST_STORE = "the process that connects all others, torchrun on the first host or process 0, has ended"
 _watch: Watch | None = None
-_tell: Callable[[str], None] | None = None
+_tell: Callable[[str], None] = partial(print, file=sys.__stderr__, flush=True)
 
 
 def start(store: "Store", rank: int, world_size: int) -> None:
@@ -181,11 +183,14 @@ def start(store: "Store", rank: int, world_size: int) -> None:
     _watch.start()
 
 
-def stop() -> None:
-    """Watch no longer: this process is about to end."""
+def stop(*, done: bool = False) -> None:
+    """Watch no longer: this process is about to end; if its work is done, the others go on without it."""
     global _watch
     if _watch is not None:
         _watch.ended.set()
+        if done:
+            with suppress(RuntimeError):
+                _watch.store.set(f"left/{_watch.rank}", "")
         _watch = None
 
 
@@ -207,7 +212,7 @@ def goes_on_from(step: int) -> None:
 
 
 def tell_losses(tell: Callable[[str], None]) -> None:
-    """Have `tell` called with the reason before a lost process ends this one."""
+    """Have `tell` called with the reason, in place of printing it, before a lost process ends this one."""
     global _tell
     _tell = tell
 

@@ -161,6 +161,12 @@ def save(folder: Path, features: Tensor, records: Sequence[Record], num_query: i
     finish(folder, index_of([file], features.shape[1], records, num_query, source))
 
 
+def folder_at(path: Path) -> Path:
+    """The folder of embeddings that a path means: itself, or `embeddings` in the folder of a run."""
+    inner = path / "embeddings"
+    return inner if (inner / INDEX).is_file() and not (path / INDEX).is_file() else path
+
+
 def load(folder: Path) -> Embeddings:
     """Read a folder that `finish` has put there; EmbeddingsError says what is wrong with any other."""
     try:

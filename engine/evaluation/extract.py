@@ -17,6 +17,7 @@ from fusionreid.dataloading.records import Record
 from fusionreid.engine.checkpoints.load_model import find_checkpoint, restore
 from fusionreid.engine.config import Config, TestConfig
 from fusionreid.engine.distributed import parallel, peers
+from fusionreid.engine.distributed.agreement import decide
 from fusionreid.engine.distributed.numerics import set_numerics
 from fusionreid.engine.distributed.parallel import Ranks
 from fusionreid.engine.evaluation import embeddings
@@ -166,7 +167,7 @@ def _model_and_images(cfg: Config, path: Path) -> tuple[nn.Module, TestLoader, d
     ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
     set_numerics(cfg.SOLVER.PRECISION, deterministic=cfg.PARALLEL.DETERMINISTIC)
     bad = BadImages(cfg.DATASETS.ON_BAD, main=ranks.main)
-    records = ranks.once(lambda: bad.check_images(find_images(path)))
+    records = decide(lambda: bad.check_images(find_images(path)), ranks)
     checkpoint = find_checkpoint(cfg)
     model = parallel.replicate(restore(checkpoint, cfg).model, ranks, cfg.PARALLEL)
     source = {"data": str(path), "checkpoint": str(checkpoint), "TEST": cfg.TEST.model_dump(mode="json")}

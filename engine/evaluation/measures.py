@@ -157,11 +157,11 @@ def _nearer_images(block: Tensor, same: Tensor, match: Tensor, label: Tensor) ->
     distance[query, place] = block[query, image]
     distance, order = distance.sort(dim=1, stable=True)
     passed = torch.searchsorted(distance, block, out_int32=True)  # matches before an image
-    up_to = torch.searchsorted(distance, block, right=True, out_int32=True)
-    tied = ((up_to != passed) & ~same).any(1)
-    if tied.any():  # rare in features, all in coarse distances: by distance, then by index
+    tied = ((F.pad(distance, (0, 1), value=torch.inf).gather(1, passed.long()) == block) & ~same).any(1)
+    if tied.any():  # in these rows by distance, then by index
         index = image.new_zeros(len(block), most).index_put_((query, place), image).gather(1, order)[tied]
-        key = (passed[tied].long() + up_to[tied]) * len(label) + torch.arange(len(label), device=block.device)
+        up_to = torch.searchsorted(distance[tied], block[tied], right=True)
+        key = (passed[tied] + up_to) * len(label) + torch.arange(len(label), device=block.device)
         of_match = key.gather(1, index).masked_fill_(distance[tied].isinf(), torch.iinfo(torch.int64).max)
         passed[tied] = torch.searchsorted(of_match, key, out_int32=True)
     passed.masked_fill_(same, most)

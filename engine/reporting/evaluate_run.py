@@ -14,6 +14,7 @@ from fusionreid.dataloading.records import DataError, Split
 from fusionreid.engine.checkpoints.load_model import Trained, build, find_checkpoint, restore
 from fusionreid.engine.config import Config
 from fusionreid.engine.distributed import parallel
+from fusionreid.engine.distributed.agreement import check_shared, decide
 from fusionreid.engine.distributed.numerics import set_numerics
 from fusionreid.engine.distributed.parallel import Ranks
 from fusionreid.engine.evaluation import embeddings
@@ -33,7 +34,7 @@ from fusionreid.engine.evaluation.measures import Ids
 from fusionreid.engine.evaluation.retrieval import Ranking, check_matches
 from fusionreid.engine.monitoring.manifest import describe_data
 from fusionreid.engine.reporting.attention import attention_maps
-from fusionreid.engine.reporting.summary import add_details, show, shown_queries, write_results
+from fusionreid.engine.reporting.summary import add_details, shown_queries, write_report, write_results
 
 
 def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
@@ -43,10 +44,11 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
     embeddings.check_place(folder)
     ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
     set_numerics(cfg.SOLVER.PRECISION, deterministic=cfg.PARALLEL.DETERMINISTIC)
+    check_shared(output, ranks)
     path = find_checkpoint(cfg)
     trained = restore(path, cfg)
     bad = BadImages(cfg.DATASETS.ON_BAD, output, ranks.main)
-    split = ranks.once(lambda: bad.check(read_split(cfg.DATASETS), ("query", "gallery")))
+    split = decide(lambda: bad.check(read_split(cfg.DATASETS), ("query", "gallery")), ranks)
     ids, records, num_query = split_ids(split), (*split.query, *split.gallery), len(split.query)
     check_matches(*ids)
     cameras = known_cameras(trained, split, cfg)
@@ -54,9 +56,12 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
     images = images_of(records, cfg, ranks, root=split.root)
     features = embed(model, images, cameras, cfg, ranks)
     source = {
-        "data": split.name, "note": split.note, "split": describe_data(split), "checkpoint": str(path),
+        "data": split.name,
+        "note": split.note,
+        "split": describe_data(split),
+        "checkpoint": str(path),
         "TEST": cfg.TEST.model_dump(mode="json"),
-    }  # fmt: skip
+    }
     mine = features[own_rows(len(records), ranks)]
     store(folder, mine.split(ROWS_AT_ONCE), (len(mine), mine.shape[1]), records, num_query, source, ranks)
     rankings = rank_all("FusionReID", features, num_query, ids, cfg, ranks)
@@ -71,14 +76,14 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
     with torch.compiler.set_stance("force_eager"):  # the maps are read by hooks, which compiled blocks don't call
         maps = attention_maps(model, shown_queries(rankings["FusionReID"], split.query), cameras, cfg, ranks)
     if ranks.main:
-        show(cfg, split, features, ids, rankings["FusionReID"], maps)
+        write_report(cfg, split, features, ids, rankings["FusionReID"], maps)
     parallel.finish()
 
 
 def evaluate_stored(cfg: Config) -> None:
     """Rank the embeddings in TEST.EMBEDDINGS again: table and metrics.json in OUTPUT_DIR; no model, no images."""
     ranks = parallel.start("cpu")
-    stored = embeddings.load(Path(cfg.TEST.EMBEDDINGS))
+    stored = embeddings.load(embeddings.folder_at(Path(cfg.TEST.EMBEDDINGS)))
     ids = record_ids(stored.records, stored.num_query)
     check_matches(*ids)
     check_finite(stored.features, stored.records)

@@ -12,7 +12,7 @@ SKIPPED_STEPS = 20  # in a row, by the loss scaler of fp16, end the training
 
 
 def not_finite(report: StepReport, heads: Sequence[str]) -> str:
-    """What is not finite and must end the training; empty if all is well."""
+    """Name what is not finite and must end the training; empty if all is well."""
     kinds = {"identity": report.identity, "triplet": report.triplet}
     bad = [
         f"{kind} loss of head {head}"

@@ -82,12 +82,13 @@ class Optimizer:
         self._squares = torch.zeros(2, dtype=torch.float64, device=device)  # of gradient norms; steps among them
 
     def set_epoch(self, epoch: int) -> None:
-        """Learning rates are tensors that stay in place, on the device: a CUDA graph reads them at every replay."""
+        """Set the learning rates of an epoch in place: a CUDA graph reads these tensors at every replay."""
         self.rate = learning_rate(epoch, self.solver.BASE_LR, self.solver)
         for group in self.torch.param_groups:
             group["lr"].fill_(learning_rate(epoch, group["base"], self.solver))
 
     def backward(self, loss: Tensor) -> None:
+        """Compute the gradients of a loss, scaled in fp16."""
         self.scaler.scale(loss).backward()
 
     @torch.no_grad()
@@ -123,7 +124,7 @@ class Optimizer:
         return (squares * self._parts / steps).sqrt()
 
     def _norm_of_shards(self) -> Tensor:
-        """Of this rank's part of the gradient, 0-d in double precision, without the loss scale."""
+        """Norm of this rank's part of the gradient, 0-d in double precision, without the loss scale."""
         norm = nn.utils.get_total_norm([s.grad for s in self.shards.values() if s.grad is not None]).double()
         return norm / self.scaler._scale if self.scaler.is_enabled() else norm
 

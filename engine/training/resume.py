@@ -1,5 +1,7 @@
 """Where a run goes on: rank 0 chooses and verifies the checkpoint, and every rank learns what it found."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError
@@ -37,15 +39,20 @@ def find(store: CheckpointStore | None, cfg: Config, ranks: Ranks) -> tuple[Posi
         if store is None or resumed is None:
             return None
         path, tensors, state = resumed
-        compare("the configuration", what_decides(cfg), what_decides(config_of(state, path)))
-        try:
-            position = Position.model_validate(state)
-        except ValidationError as error:
-            raise CheckpointError(f"{path}: its state.json cannot be followed: {error}") from error
+        position = position_of(state, path, cfg)
         is_pending = store.is_pending(is_due=position.evaluation_due)
         return position.model_copy(update={"evaluation_due": is_pending, "path": str(path)})
 
     return decide(choose, ranks), tensors
+
+
+def position_of(state: Mapping[str, Any], path: Path, cfg: Config) -> Position:
+    """Read the position from the state of a checkpoint; CheckpointError if it is of another configuration."""
+    compare("the configuration", what_decides(cfg), what_decides(config_of(state, path)))
+    try:
+        return Position.model_validate(state)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: its state.json cannot be followed: {error}") from error
 
 
 def what_decides(cfg: Config) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fusionreid.drop_path import take_over
 
 
 class ViT(nn.Module):
-    """Images (B, 3, H, W) and cameras (B,) -> tokens (B, 1 + N, C) after the last norm, class token first.
+    """ViT with camera embedding; its tokens come after the last norm, class token first.
 
     SIE adds `sie_weight * sie_embed[camera]` to every token; camera -1 is an unknown camera and gets the mean row. With
     a single row there is nothing to tell apart, hence no table. `registers` tokens follow the class token inside and
@@ -65,7 +65,7 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The published start of every weight of the backbone; the bias of a convolution is 0, as CLIP has none."""
+        """Start every weight of the backbone as published; the bias of a convolution is 0, as CLIP has none."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -84,6 +84,7 @@ class ViT(nn.Module):
                 nn.init.trunc_normal_(table, std=0.02)
 
     def forward(self, images: Tensor, cameras: Tensor | None = None) -> Tensor:
+        """Return tokens (B, 1 + N, C) of images (B, 3, H, W); cameras (B,) where there is an embedding of them."""
         if images.shape[2:] != self.image_size:
             raise ValueError(f"ViT: built for images of {self.image_size}, got {tuple(images.shape[2:])}")
         prefix = self.cls_token if self.reg_token is None else torch.cat((self.cls_token, self.reg_token), 1)
@@ -114,6 +115,7 @@ class TimmAttention(SelfAttention):
     """Our attention in a timm block, which may hand over a mask; here there is none."""
 
     def forward(self, x: Tensor, *unused: None, **unused_by_name: object) -> Tensor:
+        """Attend among the tokens (B, N, C) of each image."""
         return super().forward(x)
 
 
@@ -200,7 +202,7 @@ def build_vit(
     attention_dropout: float = 0.0,
     **sie: Any,
 ) -> ViT:
-    """A published TRANSFORMER_TYPE, any timm VisionTransformer, or an Eva such as the ViTs of DINOv3.
+    """Build a published TRANSFORMER_TYPE, any timm VisionTransformer, or an Eva such as the ViTs of DINOv3.
 
     Only the published `vit_small_patch16_224` is not timm's model of that name (that is `deit_small_patch16_224`): it
     is 768 wide, has 8 layers of 8 heads and scales its attention by 768^-0.5.

@@ -51,6 +51,21 @@ def working(split) -> Iterator[TrainLoader]:
     train.close()
 
 
+def test_dali_augments_as_the_kernel_does(split):
+    pytest.importorskip("nvidia.dali", reason="DALI is an extra")
+    batches = []
+    for way in ("kernel", "dali"):
+        loading = DataloaderConfig(NUM_WORKERS=1, NUM_INSTANCE=2, BACKEND="dali", CACHE="none", AUGMENT=way)
+        train = TrainLoader(split, INPUT, loading, batch_size=8, seed=5)
+        batches.append([*train.batches(3), *train.batches(4, 1)])
+        train.close()
+    assert len(batches[0]) == len(batches[1]) == 4
+    for a, b in zip(*batches):
+        torch.testing.assert_close(b.images, a.images, rtol=0, atol=2e-6)
+        assert b.images.is_contiguous(memory_format=torch.channels_last)
+        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("persons", "cameras", "indices"))
+
+
 def worker_pids(train: TrainLoader) -> list[int]:
     return [process.pid for process in train._source._loader._iterator._workers]
 

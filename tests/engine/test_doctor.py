@@ -158,6 +158,12 @@ def test_a_checkpoint_that_training_would_refuse_is_wrong_here_too(root, tmp_pat
     text = capfd.readouterr().out
     assert f"training goes on from {tmp_path}/checkpoints/step-" in text
     assert "is whole and fits the model" in text
+    best = tmp_path / "checkpoints/best.json"
+    kept = best.read_text()
+    best.write_text(kept.replace("1", "2", 1))
+    assert main(arguments(root, tmp_path, SOLVER__MAX_EPOCHS=1, SOLVER__EVAL_PERIOD=1)) == 3
+    assert "best.json is damaged" in capfd.readouterr().out
+    best.write_text(kept)
     for key, value in {"SOLVER__BASE_LR": 0.5, "MODEL__MIX_DIM": 48}.items():
         argv = arguments(root, tmp_path, SOLVER__MAX_EPOCHS=1, SOLVER__EVAL_PERIOD=1, **{key: value})
         assert (main(argv), train(argv)) == (3, 3)

@@ -40,6 +40,16 @@ def test_features_of_two_models_are_not_compared_in_silence(tmp_path: Path, capl
     assert "their cosines mean little: TEST.FEAT 0 and 1" in caplog.text
 
 
+def test_a_run_stands_for_its_embeddings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = Record("a.jpg", -1, -1), Record("b.jpg", -1, -1)
+    embeddings.save(tmp_path / "run/embeddings", torch.eye(2, 3), records, 0, {})
+    (tmp_path / "run/ranks.png").write_bytes(b"")  # no image of anybody
+    assert search(["--query", str(tmp_path / "run"), "--gallery", str(tmp_path / "run/embeddings")]) == 0
+    assert capsys.readouterr().out.count("a.jpg") == 3
+    assert embeddings.folder_at(tmp_path / "run") == tmp_path / "run/embeddings"
+    assert embeddings.folder_at(tmp_path) == tmp_path
+
+
 def test_a_search_of_stored_vectors_and_a_report_load_nothing_that_only_a_model_needs(tmp_path: Path) -> None:
     records = Record("a.jpg", -1, -1), Record("b.jpg", -1, -1)
     embeddings.save(tmp_path / "one", torch.eye(2, 3), records, 0, {})
@@ -49,7 +59,7 @@ def test_a_search_of_stored_vectors_and_a_report_load_nothing_that_only_a_model_
     one = str(tmp_path / "one")
     report = ["--config_file", f"{tmp_path}/run.yml", "OUTPUT_DIR", str(tmp_path)]
     for command, argv, absent in (
-        ("search", ["--query", one, "--gallery", one], {"torchvision", "timm"}),
+        ("search", ["--query", one, "--gallery", one], {"torchvision", "timm", "torch._dynamo"}),
         ("report", report, {"torch", "torchvision", "timm", "triton"}),
     ):
         script = f"import sys; from fusionreid.engine.cli import main; code = main({[command, *argv]}); "

@@ -161,3 +161,29 @@ def test_distances_must_be_finite() -> None:
     zero = torch.zeros(1, dtype=torch.long)
     with pytest.raises(ValueError, match="finite"):
         rank_counts_of(torch.tensor([[float("nan")]]), zero, zero, zero, zero)
+
+
+@pytest.mark.parametrize(
+    ("place", "ids", "message"),
+    [
+        (0, torch.zeros(3, dtype=torch.long), r"query_persons must hold one integer for each of 2 rows, .* \(3,\)"),
+        (1, torch.zeros(2, dtype=torch.long), r"gallery_persons .* of 4 rows, on cpu, got \(2,\)"),
+        (2, torch.zeros(2, 1, dtype=torch.long), r"query_cameras .* got \(2, 1\)"),
+        (3, torch.full((4,), float("nan")), "gallery_cameras .* torch.float32"),
+        (3, torch.zeros(4, dtype=torch.long, device="meta"), "gallery_cameras .* on cpu, got .* on meta"),
+    ],
+)
+def test_wrong_ids_are_named(place: int, ids: Tensor, message: str) -> None:
+    given = [torch.zeros(n, dtype=torch.long) for n in (2, 4, 2, 4)]
+    given[place] = ids
+    with pytest.raises(ValueError, match=f"rank_counts: {message}"):
+        rank_counts(torch.randn(2, 3), torch.randn(4, 3), *given)
+    with pytest.raises(ValueError, match=f"rank_counts_of: {message}"):
+        rank_counts_of(torch.rand(2, 4), *given)
+
+
+def test_given_distances_must_be_floating_and_two_dimensional() -> None:
+    zero = torch.zeros(1, dtype=torch.long)
+    for distances in (torch.ones(1), torch.ones(1, 1, dtype=torch.long)):
+        with pytest.raises(ValueError, match="distances must be floating"):
+            rank_counts_of(distances, zero, zero, zero, zero)

@@ -111,13 +111,40 @@ def test_kernels_select_as_fp64_does() -> None:
 
 
 @pytest.mark.usefixtures("triton_path")
+@pytest.mark.parametrize("small", [0, 1024])
+@pytest.mark.parametrize("kind", test_triplet.KINDS)
+def test_features_far_from_zero_are_mined_exactly(small: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triplet, "SMALL", small)
+    test_triplet.assert_exact(*test_triplet.far_from_zero(kind))
+
+
+@pytest.mark.usefixtures("triton_path")
+@pytest.mark.parametrize("small", [0, 1024])
+def test_squares_beyond_fp32_are_not_hidden(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triplet, "SMALL", small)
+    test_triplet.test_squares_beyond_fp32_are_not_hidden()
+
+
+@pytest.mark.usefixtures("triton_path")
+def test_both_half_precisions_at_once() -> None:
+    persons, upstream = torch.arange(12) // 4, torch.randn(3)
+    x = [torch.randn(12, 5).half(), torch.randn(12, 7).bfloat16(), torch.randn(12, 3)]
+    mined, out = mined_and_gradients(batch_hard_triplet, x, persons, upstream)
+    exact, gold = mined_and_gradients(reference.batch_hard_triplet, [t.double() for t in x], persons, upstream)
+    assert_same(mined, exact)
+    for value, expected, given_as in zip(out, gold, [out[0], *x]):
+        assert value.dtype == given_as.dtype
+        assert_close("loss and gradients", value, expected, 4 * torch.finfo(value.dtype).eps)
+
+
+@pytest.mark.usefixtures("triton_path")
 def test_kernels_are_registered_whole() -> None:
     x = [torch.randn(5, 3, requires_grad=True), torch.randn(5, 2, 4)[:, 1].requires_grad_()]
     persons = torch.tensor([0, 0, 1, 1, 1])
-    torch.library.opcheck(triplet._forward, (x, persons, None))
+    torch.library.opcheck(triplet._forward, ([t.detach() for t in x], persons, None))
     detached = [t.detach() for t in x]
-    _, shares, _, indices, pulls, _ = triplet._forward(detached, persons, 0.3)
-    torch.library.opcheck(triplet._backward, (torch.randn(2), detached, shares, indices, pulls))
+    _, shares, pairs, indices, _ = triplet._forward(detached, persons, 0.3)
+    torch.library.opcheck(triplet._backward, (torch.randn(2), detached, shares, pairs, indices))
     compiled = torch.compile(lambda *t: batch_hard_triplet(t, persons).losses, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*x), batch_hard_triplet(x, persons).losses)
 

@@ -6,6 +6,7 @@ import torch
 from fusionreid import kernels
 from fusionreid.kernels import _int8_products as int8
 from fusionreid.kernels import augment, batch_hard_triplet, neighbours, rank_counts, ranking, reference, triplet
+from fusionreid.kernels.augmentation import erase_rectangles
 from tests.kernels.test_augmentation import SETTINGS, batch
 from tests.kernels.test_class_attention import check_accuracy as check_class_attention
 from tests.kernels.test_cross_entropy import check as check_cross_entropy
@@ -95,6 +96,9 @@ def test_augmentation(height: int, width: int, dtype: torch.dtype) -> None:
     out = augment(**inputs, dtype=dtype, **SETTINGS)
     low, gold = (reference.augment(**inputs, dtype=kind, **SETTINGS) for kind in (dtype, torch.float64))
     assert_as_accurate("images", out, low, gold)
+    clean = augment(**inputs | {"erase": torch.zeros_like(inputs["erase"])}, dtype=dtype, **SETTINGS)
+    place = {"seed": SETTINGS["seed"], "epoch": SETTINGS["epoch"]}
+    assert torch.equal(erase_rectangles(clean, inputs["erase"], inputs["index"], **place), out)
 
 
 @pytest.fixture

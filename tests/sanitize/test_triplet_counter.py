@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench.builds import compiled
+from fusionreid.kernels import triplet
 
 pytestmark = pytest.mark.sanitize
 EVENT = re.compile(r"\b(bar\.sync|(?:ld|st)\.global|(?:atom|red)\.\S+)")
@@ -14,7 +15,7 @@ EVENT = re.compile(r"\b(bar\.sync|(?:ld|st)\.global|(?:atom|red)\.\S+)")
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_all_threads_are_done_before_a_program_counts_and_know_the_count_before_they_go_on(capability: int) -> None:
     x, persons = [torch.zeros(128, 64)], torch.arange(128) // 4
-    call = lambda: torch.ops.fusionreid.batch_hard_triplet_forward(x, persons, None)  # noqa: E731
+    call = lambda: triplet._forward(x, persons, None)  # noqa: E731
     ((kernel, _),) = compiled(call, capability)
     events = EVENT.findall(kernel.asm["ptx"])
     counts = [i for i, event in enumerate(events) if event.startswith("atom") and ".add." in event]

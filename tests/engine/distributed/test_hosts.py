@@ -145,7 +145,13 @@ def test_hosts_that_do_not_share_the_output_folder_are_told(hosts: Hosts, tmp_pa
     assert hosts.finish() == [0, 0], hosts.log(0) + hosts.log(1)
     shutil.copytree(hosts.output / "checkpoints", tmp_path / "checkpoints")
     weights = checkpoint.checkpoints(tmp_path / "checkpoints")[-1]
-    hosts.start("evaluate", arguments(tmp_path, hosts.output, TEST__WEIGHT=weights), shared=False)
-    assert 0 not in hosts.finish()
-    assert "must be on a disk that all hosts share, and is not" in hosts.log(0)
-    assert json.loads((tmp_path / "disk-0/exit.json").read_text())["code"] == 2
+    images = ["--images", str(tmp_path / "synthetic/query")]
+    for command, argv in (
+        ("train", short),
+        ("evaluate", arguments(tmp_path, hosts.output, TEST__WEIGHT=weights)),
+        ("embed", [*images, "--output", str(hosts.output / "stored"), *short, f"TEST.WEIGHT={weights}"]),
+    ):
+        hosts.start(command, argv, shared=False)
+        assert 0 not in hosts.finish()
+        told = f"must be shared: process 1 on host {NAMES[1]} does not see"
+        assert ("must be on a disk that all hosts share, and is not" if command == "embed" else told) in hosts.log(0)

@@ -102,3 +102,19 @@ def test_a_stopped_worker_does_not_keep_orphans_alive(running: Running) -> None:
     running.wait(lambda: not alive(running.workers[0]), 60)
     assert running.verdict["code"] == 7
     assert running.verdict["reason"].startswith(f"torchrun (process {running.launcher.pid}) has ended: start again")
+
+
+def test_one_whose_work_is_done_may_leave_before_the_others(tmp_path: Path) -> None:
+    """As the second process of a search, of which the first prints what it found."""
+    script = tmp_path / "leaving.py"
+    script.write_text(f"""
+import sys, time
+sys.path[0] = {str(ROOT)!r}
+from fusionreid.engine.distributed import parallel, peers
+peers.INTERVAL_S, peers.SILENCE_S = 0.2, 1.0
+ranks = parallel.start("cpu")
+time.sleep(5 * ranks.main)
+peers.stop(done=True)
+""")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    subprocess.run(launcher, check=True, timeout=120)

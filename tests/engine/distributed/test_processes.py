@@ -12,7 +12,10 @@ import torch
 from fusionreid.engine.distributed import parallel
 from tests import ROOT
 
-START = "import torch; from fusionreid.engine.distributed import parallel, peers; "
+START = (
+    "import torch; from fusionreid.engine.distributed import parallel, peers; "
+    "from fusionreid.engine.distributed.agreement import decide; "
+)
 BEGIN = "ranks = parallel.start('cpu'); rank = ranks.rank; "
 
 
@@ -35,17 +38,17 @@ def run_on(processes: int, code: str, set_up: str = "") -> list[str]:
             for output, errors in results]  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["first", "once"])
+@pytest.mark.parametrize("how", ["ranks.first(work)", "decide(work, ranks)"])
 def test_work_of_one_process_may_take_longer_than_a_collective(how: str, tmp_path: Path) -> None:
-    """As the first index of a large data set does. `first` repeats it on the others, `once` hands on the result."""
+    """As the first index of a large data set does. `first` repeats it on the others, `decide` hands on the result."""
     set_up = "from datetime import timedelta; parallel.TIMEOUT = timedelta(seconds=3); peers.NEWS_S = 2"
     work = f"import time; time.sleep(8 * (rank == 0)); open({str(tmp_path)!r} + f'/{{rank}}', 'w').close(); return rank"
-    outputs = run_on(2, f"\ndef work():\n    {work}\nprint(ranks.{how}(work))", set_up=set_up)
+    outputs = run_on(2, f"\ndef work():\n    {work}\nprint({how})", set_up=set_up)
     assert outputs[0].split() == ["0"]
     first, *rest = outputs[1].splitlines()
-    assert first == ("1" if how == "first" else "0")
+    assert first == ("1" if "first" in how else "0")
     assert any("waiting for 1 of 2 processes" in line for line in rest)
-    assert len(list(tmp_path.iterdir())) == (2 if how == "first" else 1)
+    assert len(list(tmp_path.iterdir())) == (2 if "first" in how else 1)
 
 
 def test_rows_of_all_processes_are_gathered_whatever_their_numbers() -> None:

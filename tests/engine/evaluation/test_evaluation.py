@@ -1,4 +1,4 @@
-"""Evaluation, embedding and search through their doors: files, ranking again, two processes, other data, bad input."""
+"""Evaluation, embedding and search by their commands: files, ranking again, two processes, other data, bad input."""
 
 import json
 import re

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from fusionreid.engine.config import Config
+from fusionreid.engine.embed import main as embed
+from fusionreid.engine.evaluate import main as evaluate
 from fusionreid.engine.monitoring import memory
 from fusionreid.engine.monitoring.memory import fitting_batch, ran_out
 from fusionreid.engine.train import main as train
@@ -100,6 +102,20 @@ def test_an_evaluation_that_does_not_fit_speaks_of_its_own_batch(tmp_path: Path,
     reason = capfd.readouterr().err
     assert "evaluating with TEST.IMS_PER_BATCH 128: try 64" in reason
     assert "training with" not in reason
+
+
+def test_evaluate_and_embed_speak_of_their_batch_alone(tmp_path: Path, monkeypatch, capfd) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1073741824 bytes")
+
+    monkeypatch.setattr("fusionreid.engine.reporting.evaluate_run.evaluate_checkpoint", fail)
+    monkeypatch.setattr("fusionreid.engine.evaluation.extract.embed_to_folder", fail)
+    folders = ["--images", "x", "--output", str(tmp_path / "y")]
+    for main, more in ((evaluate, []), (embed, folders)):
+        assert main([*arguments(tmp_path, tmp_path / "out"), *more]) == 6
+        reason = capfd.readouterr().err
+        assert "evaluating with TEST.IMS_PER_BATCH 128: try 64" in reason
+        assert "training with" not in reason
 
 
 @pytest.mark.parametrize(("error", "place"), [

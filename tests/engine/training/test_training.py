@@ -1,4 +1,4 @@
-"""Whole runs through the doors: train, stop, die, go on, evaluate, on one process and on two."""
+"""Whole runs through the commands: train, stop, die, go on, evaluate, on one process and on two."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from PIL import Image
 from fusionreid.dataloading.decode import decode_batch
 from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.evaluate import main as evaluate
-from fusionreid.engine.reporting.html import SHOWN_QUERIES
+from fusionreid.engine.reporting.rank_lists import SHOWN_QUERIES
 from fusionreid.engine.train import main as train
 from tests.runs import arguments, command, finish, interrupt
 

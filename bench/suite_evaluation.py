@@ -1,4 +1,4 @@
-"""From features to mAP, mINP and CMC, to neighbours and to re-ranked distances, against the ways others do it.
+"""Evaluation: features to mAP, mINP and CMC, to neighbours and to re-ranked distances, against other ways.
 
 Q queries, G gallery, D width. What is not installed of faiss and torchmetrics is left out.
 """
@@ -28,16 +28,17 @@ from bench.evaluators import (
 from bench.timing import Case, Settings, Work
 from fusionreid.engine.evaluation.rerank import k_reciprocal, rerank_blocks
 from fusionreid.engine.evaluation.retrieval import rank
-from fusionreid.kernels import _distances, _rows, nearest_neighbours, neighbour_tiles, ranking_tiles
+from fusionreid.kernels import _exact_distances as exact
+from fusionreid.kernels import _int8_products as int8
+from fusionreid.kernels import nearest_neighbours, neighbours, ranking
 
 SOURCES = (
     "engine/evaluation/retrieval.py",
     "engine/evaluation/rerank.py",
-    "kernels/ranking*.py",
-    "kernels/neighbour*.py",
-    "kernels/_counting.py",
-    "kernels/_distances.py",
-    "kernels/_rows.py",
+    "kernels/ranking.py",
+    "kernels/neighbours.py",
+    "kernels/_exact_distances.py",
+    "kernels/_int8_products.py",
     "bench/evaluators.py",
 )
 NEAREST = 10
@@ -55,12 +56,13 @@ Measures = Callable[..., Tensor]
 
 
 def cases(settings: Settings) -> list[Case]:
+    """List the cases of a size."""
     found = []
     for sizes in SIZES[settings.size][: None if settings.device.type == "cuda" else 1]:  # MSMT17 is for a GPU
         shape = "Q {}, G {}, D {}, float32".format(*sizes)
         found.append(Case("mAP, mINP and CMC", shape, partial(evaluation, settings, *sizes)))
         found.append(Case("ranks beside the product alone", shape, partial(beside_product, settings, *sizes)))
-        found.append(Case(f"{NEAREST} nearest", shape, partial(neighbours, settings, *sizes)))
+        found.append(Case(f"{NEAREST} nearest", shape, partial(nearest, settings, *sizes)))
     if find_spec("torchmetrics"):
         sizes = SIZES["quick" if settings.size == "quick" else "default"][0]
         shape = "Q {}, G {}, D {}, float32".format(*sizes)
@@ -76,51 +78,70 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def launches() -> Iterator[Launch]:
-    """The kernels of exact ranks at the size of MSMT17, the gallery a span at a time."""
+    """List the launches of exact ranks at the size of MSMT17, the gallery a span at a time."""
     queries, gallery, width, *_ = SIZES["full"][-1]
-    images, span, tile = queries + gallery, ranking_tiles.SPAN, ranking_tiles.TILE
+    images, span, tile = queries + gallery, int8.SPAN, int8.TILE
     features = torch.zeros(tile, width)
-    rows, index = _rows.Rows("features", features, False), torch.zeros(tile, dtype=torch.int64)
-    split = ranking_tiles.Split(torch.zeros(tile, 3 * width, dtype=torch.int8), features[:, 0], torch.zeros(3, tile))
+    rows, index = exact.Rows("features", features, False), torch.zeros(tile, dtype=torch.int64)
+    split = int8.Split(torch.zeros(tile, 3 * width, dtype=torch.int8), features[:, 0], torch.zeros(3, tile))
     ids, edge = index.int(), torch.zeros(2, 11)  # matches, queries
 
     def count() -> None:
         persons = ids[:11], ids
-        ranking_tiles.count_span(
+        ranking.count_span(
             split, split, persons, features[:, 0], (edge, edge), edge.int(), index[:1], ids.expand(2, -1)
         )
 
-    found = neighbour_tiles.Found.nothing(11, NEAREST, features.device)
+    found = neighbours.Found.nothing(11, NEAREST, features.device)
     piece = slice(0, tile)
 
     def append() -> None:
-        neighbour_tiles.append_piece(split, split, features[:, 0], piece, 0, found, NEAREST)
+        neighbours.append_piece(split, split, features[:, 0], piece, 0, found, NEAREST)
 
-    yield Launch("lengths", lambda: _rows.lengths(features, 1), 4 * images * width, 2 * images * width)
-    yield Launch("integers", lambda: ranking_tiles.split_rows(rows, index), 7 * images * width, 12 * images * width)
-    yield Launch("counts of one span", count, 3 * (queries + span) * width, 12 * queries * span * width)
-    queries = neighbour_tiles.QUERIES
-    yield Launch("nearest of one span", append, 3 * (queries + span) * width, 12 * queries * span * width)
+    yield Launch("lengths", lambda: exact.lengths(features, 1), 4 * images * width, 2 * images * width, images // tile)
     yield Launch(
-        "fp64 distance of a pair", lambda: _distances.exact_distances(rows, rows, index, index), 8 * width, 5 * width
+        "integers", lambda: int8.split_rows(rows, index), 7 * images * width, 12 * images * width, images // tile
+    )
+    yield Launch(
+        "counts of one span",
+        count,
+        3 * (queries + span) * width,
+        12 * queries * span * width,
+        queries * span // tile**2,
+    )
+    queries = neighbours.QUERIES
+    yield Launch(
+        "nearest of one span",
+        append,
+        3 * (queries + span) * width,
+        12 * queries * span * width,
+        queries * span // tile**2,
+    )
+    yield Launch(
+        "fp64 distance of a pair", lambda: exact.exact_distances(rows, rows, index, index), 8 * width, 5 * width
     )
 
 
 def made_up(
     settings: Settings, queries: int, gallery: int, width: int, persons: int, cameras: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Unit features of query and gallery, persons about as far apart as a trained model puts them; persons, cameras."""
-    ids = [torch.randint(top, (count,), device=settings.device)
-           for top in (persons, cameras) for count in (queries, gallery)]  # fmt: skip
+    """Make up unit features with persons about as far apart as a trained model puts them, their persons and cameras."""
+    ids = [
+        torch.randint(top, (count,), device=settings.device)
+        for top in (persons, cameras)
+        for count in (queries, gallery)
+    ]
     centers = torch.randn(persons, width, device=settings.device)
     noise = 0.5 * width**0.25
-    features = [F.normalize(torch.randn(len(p), width, device=settings.device).mul_(noise).add_(centers[p]))
-                for p in ids[:2]]  # fmt: skip
+    features = [
+        F.normalize(torch.randn(len(p), width, device=settings.device).mul_(noise).add_(centers[p])) for p in ids[:2]
+    ]
     return features, ids
 
 
 @contextmanager
 def evaluation(settings: Settings, *sizes: int) -> Iterator[Work]:
+    """Prepare an evaluation and its alternatives."""
     features, ids = made_up(settings, *sizes)
     measures: dict[str, Measures] = {"ours": ours, "argsort in torch, blocks": sorted_blocks}
     if settings.device.type == "cuda":
@@ -136,7 +157,7 @@ def evaluation(settings: Settings, *sizes: int) -> Iterator[Work]:
 
 @contextmanager
 def beside_product(settings: Settings, *sizes: int) -> Iterator[Work]:
-    """Two providers that do not do the same: how much of the whole is its product. Without structure, worst, too."""
+    """Prepare ranks and the product alone, which is a part of them, also for features without any structure."""
     features, ids = made_up(settings, *sizes)
     noise = [F.normalize(torch.randn_like(x)) for x in features]
     providers: dict[str, Callable[[], object]] = {
@@ -150,7 +171,7 @@ def beside_product(settings: Settings, *sizes: int) -> Iterator[Work]:
 
 @contextmanager
 def reranking_beside(settings: Settings, *sizes: int) -> Iterator[Work]:
-    """The product of all pairs of images, each pair once."""
+    """Prepare re-ranking and the product of all pairs of images alone, each pair once."""
     (query, gallery), _ = made_up(settings, *sizes)
     images = torch.cat([query, gallery])
     half = images[: len(images) // 2]  # as many pairs
@@ -163,6 +184,7 @@ def reranking_beside(settings: Settings, *sizes: int) -> Iterator[Work]:
 
 @contextmanager
 def mean_precision(settings: Settings, *sizes: int) -> Iterator[Work]:
+    """Prepare the mAP alone and its alternatives."""
     features, ids = made_up(settings, *sizes)
 
     def torchmetrics() -> Tensor:
@@ -181,21 +203,22 @@ def mean_precision(settings: Settings, *sizes: int) -> Iterator[Work]:
 
 
 @contextmanager
-def neighbours(settings: Settings, *sizes: int) -> Iterator[Work]:
+def nearest(settings: Settings, *sizes: int) -> Iterator[Work]:
+    """Prepare the search of nearest neighbours and its alternatives."""
     (query, gallery), _ = made_up(settings, *sizes)
 
     def topk() -> Tensor:
         squares = gallery.square().sum(1)
-        blocks = [torch.addmm(squares, x, gallery.T, alpha=-2).topk(NEAREST, largest=False)
-                  for x in query.split(BLOCK)]  # fmt: skip
+        blocks = [torch.addmm(squares, x, gallery.T, alpha=-2).topk(NEAREST, largest=False) for x in query.split(BLOCK)]
         return torch.cat([values for values, _ in blocks]) + query.square().sum(1, keepdim=True)
 
     def faiss() -> Tensor:
         return torch.from_numpy(import_module("faiss").knn(query.cpu().numpy(), gallery.cpu().numpy(), NEAREST)[0])
 
     providers: dict[str, Callable[[], Tensor]] = {
-        "ours": lambda: nearest_neighbours(query, gallery, NEAREST).distances, "topk in torch, blocks": topk,
-    }  # fmt: skip
+        "ours": lambda: nearest_neighbours(query, gallery, NEAREST).distances,
+        "topk in torch, blocks": topk,
+    }
     if find_spec("faiss") and len(query) * len(gallery) <= HOST_PAIRS:
         providers["faiss, on the CPU"] = faiss
     moved = query.nbytes + gallery.nbytes
@@ -205,6 +228,7 @@ def neighbours(settings: Settings, *sizes: int) -> Iterator[Work]:
 
 @contextmanager
 def reranking(settings: Settings, *sizes: int) -> Iterator[Work]:
+    """Prepare k-reciprocal re-ranking and its alternatives."""
     (query, gallery), _ = made_up(settings, *sizes)
     providers = {
         "ours": lambda: k_reciprocal(query, gallery, K1, K2, WEIGHT, metric="euclidean").cpu(),
@@ -214,6 +238,6 @@ def reranking(settings: Settings, *sizes: int) -> Iterator[Work]:
 
 
 def ours(*arguments: Tensor) -> Tensor:
-    """mAP, mINP, CMC at 1 to MAX_RANK."""
+    """Evaluate by our ranks: mAP, mINP, CMC at 1 to MAX_RANK."""
     ranking = rank(*arguments, metric="euclidean", max_rank=MAX_RANK)
     return torch.tensor([ranking.mAP, ranking.mINP, *ranking.cmc.tolist()])

@@ -24,7 +24,6 @@ def on_device_of(x: Tensor) -> AbstractContextManager[None]:
     return torch.cuda.device_of(x)
 
 
-@torch.compiler.assume_constant_result
 def capability(device: torch.device | None = None) -> int:
     """Compute capability of a GPU, 90 for Hopper, by default of the one that kernels are compiled for.
 

@@ -65,6 +65,32 @@ def augment(
     return out.permute(0, 3, 1, 2)
 
 
+def erase_rectangles(images: Tensor, erase: Tensor, index: Tensor, *, seed: int, epoch: int) -> Tensor:
+    """Put the noise of `augment` into images that are augmented but for it, in place.
+
+    images (B, 3, H, W) floating, channels-last; erase (B, 4), height 0: none; index (B,) position in the epoch.
+    """
+    is_image = images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point()
+    if not is_image or not images.permute(0, 2, 3, 1).is_contiguous():
+        raise ValueError(
+            "erase_rectangles: images must be floating (B, 3, H, W), channels-last, "
+            f"got {tuple(images.shape)} {images.dtype} with strides {images.stride()}"
+        )
+    _check_parameters(len(images), images.device, erase=(erase, 4), index=(index, None))
+    key, pixels = key_of(seed, epoch), images.permute(0, 2, 3, 1)
+    if use_triton(images):
+        batch, height, width, _ = pixels.shape
+        if images.numel():
+            with on_device_of(images):
+                _erase[(triton.cdiv(3 * width, COLS), triton.cdiv(height, ROWS), batch)](
+                    erase.contiguous(), index, pixels, key - (key >> 63 << 64), H=height, W=width, ROWS=ROWS, COLS=COLS,
+                    num_warps=NUM_WARPS,
+                )  # fmt: skip
+    else:
+        _erase_on_cpu(pixels.flatten(2), erase, index, key)
+    return images
+
+
 def normalize(
     images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
 ) -> Tensor:
@@ -149,24 +175,52 @@ def _augment(
     offset = tl.where(channel == 0, offset_0, tl.where(channel == 1, offset_1, offset_2))
     value = byte.to(tl.int32).to(tl.float32) * scale + offset  # [ROWS, COLS]
 
-    top, left = tl.load(erase_ptr + 4 * image).to(tl.int32), tl.load(erase_ptr + 4 * image + 1).to(tl.int32)
-    bottom = top + tl.load(erase_ptr + 4 * image + 2).to(tl.int32)
-    right = left + tl.load(erase_ptr + 4 * image + 3).to(tl.int32)
-    left, right = 3 * left, 3 * right
-    if (tl.maximum(top, first_y) < tl.minimum(bottom, first_y + ROWS)) & (
-        tl.maximum(left, first_v) < tl.minimum(right, first_v + COLS)
-    ):
-        first, last = left // 16, (right + 15) // 16
-        row = (y - top) * (last - first) + 1
-        block = first_v // 16 - first + tl.arange(0, COLS // 16)[None, :]
-        drawn = noise(key, tl.load(index_ptr + image), row, block, ROWS, COLS // 16)
-        value = tl.where((y >= top) & (y < bottom) & (v >= left) & (v < right), drawn, value)
+    inside, crossed = _rectangle(erase_ptr + 4 * image, y, v, first_y, first_v, ROWS, COLS)
+    if crossed:
+        drawn = _drawn(erase_ptr + 4 * image, tl.load(index_ptr + image), key, y, first_v, ROWS, COLS)
+        value = tl.where(inside, drawn, value)
     value = tl.where(exists, value, float("nan"))
     out_ptr += image * (3 * H * W) + y * (3 * W) + v
     if H % ROWS or 3 * W % COLS:
         tl.store(out_ptr, value.to(out_ptr.dtype.element_ty), mask=(y < H) & (v < 3 * W))
     else:
         tl.store(out_ptr, value.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _erase(
+    erase_ptr, index_ptr, out_ptr, key, H: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """The tiles of `_augment`, of which only what is inside a rectangle is written."""
+    image = tl.program_id(2).to(tl.int64)
+    first_y, first_v = tl.program_id(1) * ROWS, tl.program_id(0) * COLS
+    y = first_y + tl.arange(0, ROWS)[:, None]
+    v = first_v + tl.arange(0, COLS)[None, :]
+    inside, crossed = _rectangle(erase_ptr + 4 * image, y, v, first_y, first_v, ROWS, COLS)
+    if crossed:
+        drawn = _drawn(erase_ptr + 4 * image, tl.load(index_ptr + image), key, y, first_v, ROWS, COLS)
+        out_ptr += image * (3 * H * W) + y * (3 * W) + v
+        tl.store(out_ptr, drawn.to(out_ptr.dtype.element_ty), mask=inside & (y < H) & (v < 3 * W))
+
+
+@triton.jit
+def _rectangle(erase_ptr, y, v, first_y, first_v, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Which values of a tile lie inside an image's rectangle, and whether any does."""
+    top, left = tl.load(erase_ptr).to(tl.int32), 3 * tl.load(erase_ptr + 1).to(tl.int32)
+    bottom = top + tl.load(erase_ptr + 2).to(tl.int32)
+    right = left + 3 * tl.load(erase_ptr + 3).to(tl.int32)
+    rows = tl.maximum(top, first_y) < tl.minimum(bottom, first_y + ROWS)
+    columns = tl.maximum(left, first_v) < tl.minimum(right, first_v + COLS)
+    return (y >= top) & (y < bottom) & (v >= left) & (v < right), rows & columns
+
+
+@triton.jit
+def _drawn(erase_ptr, index, key, y, first_v, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The noise of a tile that crosses an image's rectangle, [ROWS, COLS]."""
+    top, left = tl.load(erase_ptr).to(tl.int32), 3 * tl.load(erase_ptr + 1).to(tl.int32)
+    first, last = left // 16, (left + 3 * tl.load(erase_ptr + 3).to(tl.int32) + 15) // 16
+    block = first_v // 16 - first + tl.arange(0, COLS // 16)[None, :]
+    return noise(key, index, (y - top) * (last - first) + 1, block, ROWS, COLS // 16)
 
 
 def _on_cpu(
@@ -191,10 +245,16 @@ def _on_cpu(
             pixels[top:bottom, left:right] = image[top + dy : bottom + dy, left + 3 * dx : right + 3 * dx]
         pixels[:top], pixels[max(0, bottom) :], pixels[:, :left], pixels[:, max(0, right) :] = 0, 0, 0, 0
         torch.addcmul(offset, target, scale, out=target)
-    noise = Noise(key, out.dtype)
-    for pixels, position, (top, left, rows_, cols) in zip(targets.numpy(), index.tolist(), erase.tolist()):
-        if rows_ and cols:
-            pixels[top : top + rows_, 3 * left : 3 * (left + cols)] = noise.rectangle(position, left, rows_, cols)
+    _erase_on_cpu(targets, erase, index, key)
+
+
+def _erase_on_cpu(targets: Tensor, erase: Tensor, index: Tensor, key: int) -> None:
+    """Draw the noise of the rectangles of images (B, H, 3 W), at least float32 inside."""
+    noise = Noise(key, torch.promote_types(targets.dtype, torch.float32))
+    for pixels, position, (top, left, rows, cols) in zip(targets, index.tolist(), erase.tolist()):
+        if rows and cols:
+            drawn = torch.from_numpy(noise.rectangle(position, left, rows, cols))
+            pixels[top : top + rows, 3 * left : 3 * (left + cols)] = drawn
 
 
 def _check(
@@ -205,17 +265,22 @@ def _check(
     if not dtype.is_floating_point:
         raise ValueError(f"augment: dtype must be floating, got {dtype}")
     batch = len(images if rows is None else rows)
-    parameters = {
-        "flip": (flip, (batch,)),
-        "shift": (shift, (batch, 2)),
-        "erase": (erase, (batch, 4)),
-        "index": (index, (batch,)),
-        **({} if rows is None else {"rows": (rows, (batch,))}),
-    }
-    for name, (tensor, shape) in parameters.items():
+    whole = {} if rows is None else {"rows": (rows, None)}
+    _check_parameters(
+        batch, images.device, flip=(flip, None), shift=(shift, 2), erase=(erase, 4), index=(index, None), **whole
+    )
+    if flip.dtype != torch.bool:
+        raise ValueError(f"augment: flip must be bool, got {flip.dtype}")
+
+
+def _check_parameters(batch: int, device: torch.device, **parameters: tuple[Tensor, int | None]) -> None:
+    """Each is (batch,) or (batch, columns), of whole numbers, on the device."""
+    for name, (tensor, columns) in parameters.items():
+        shape = (batch,) if columns is None else (batch, columns)
         if tuple(tensor.shape) != shape or tensor.is_floating_point():
             raise ValueError(f"augment: {name} must be {shape} whole numbers, got {tuple(tensor.shape)} {tensor.dtype}")
-        if tensor.device != images.device:
-            raise ValueError(f"augment: {name} is on {tensor.device}, the images are on {images.device}")
-    if flip.dtype != torch.bool or index.dtype != torch.int64:
-        raise ValueError(f"augment: flip must be bool and index int64, got {flip.dtype} and {index.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"augment: {name} is on {tensor.device}, the images are on {device}")
+    index, _ = parameters["index"]
+    if index.dtype != torch.int64:
+        raise ValueError(f"augment: index must be int64, got {index.dtype}")

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from fusionreid.kernels._path import capability, on_device_of, use_triton
 
+torch.compiler.assume_constant_result(capability)  # not where it is defined: this loads the compiler
+
 FP32 = torch.finfo(torch.float32)
 LOG2_E = tl.constexpr(math.log2(math.e))
 MOST_TOKENS, WIDEST_HEAD = 256, 64  # whose keys and values a program holds

@@ -1,19 +1,29 @@
 """The k nearest gallery rows of every query, exactly:  the order of the fp64 squared distances, ties by gallery index.
 
-Candidates come from a fast product, on a GPU that of `neighbour_tiles`, with a running top-k of k + SPARE. Where two
-of them are nearer to each other than twice the error bound, fp64 distances decide. All others are at least as far as
-the last candidate, less the bound: where the k-th does not clear that, the query meets all rows again that the bound
-cannot exclude.
+Candidates, k + SPARE per query, come from a fast product. Where two of them are nearer to each other than twice the
+error bound, fp64 distances decide. All other rows are at least as far as the last candidate, less the bound: a query
+whose k-th does not clear that is compared again with all rows that the bound cannot exclude.
+
+On a CPU the product is in fp32, with a running top-k. On a GPU it is in 8-bit integers: tiles append what is below a
+row's limit, the last of its nearest so far. While there are none, a piece of the gallery is as small as the places that
+every row has for more; each further piece may be twice as large. Where some row finds more than it has places for, as
+when the gallery comes nearer and nearer, the piece is repeated in parts that cannot overflow.
+Q queries, G gallery, D width, b queries in a block.
 """
 
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from fusionreid.kernels._distances import (
+from fusionreid.kernels import _int8_products as int8
+from fusionreid.kernels._exact_distances import (
     UNIT,
+    Rows,
     error_bound,
     exact_distances,
     fast_distances,
@@ -22,13 +32,12 @@ from fusionreid.kernels._distances import (
     scaled,
 )
 from fusionreid.kernels._path import use_triton
-from fusionreid.kernels._rows import Rows
-from fusionreid.kernels.neighbour_tiles import Candidates, nearest_by_tiles
-from fusionreid.kernels.ranking_tiles import WIDEST
 
 BLOCK = 1024  # rows and columns of a product
 AGAIN_ROWS = 64
 SPARE = 8
+QUERIES = 2**13  # at once on a GPU
+CAPACITY = 8 * int8.TILE  # places of a row for what a piece of the gallery adds, on a GPU
 
 
 class Neighbours(NamedTuple):
@@ -38,8 +47,12 @@ class Neighbours(NamedTuple):
 
 
 def nearest_neighbours(query: Tensor, gallery: Tensor, k: int, *, normalize: bool = False) -> Neighbours:
-    """Features (Q, D) and (G, D), 1 <= k <= G; with normalize, at unit length."""
-    _check(k, gallery)
+    """Find the k nearest rows of the gallery (G, D) for every query (Q, D), 1 <= k <= G.
+
+    With normalize, features are brought to unit length. ValueError if shapes, types or devices do not fit, or features
+    are not finite.
+    """
+    _check("nearest_neighbours", k, gallery)
     with full_precision(query):
         queries, items = Rows.both(query, gallery, normalize)
         found = _nearest(queries, items, slice(0, len(queries)), k)
@@ -49,19 +62,36 @@ def nearest_neighbours(query: Tensor, gallery: Tensor, k: int, *, normalize: boo
 
 
 def neighbour_lists(features: Tensor, k: int, *, rows: slice | None = None, normalize: bool = False) -> Neighbours:
-    """Of each row, or of some `rows`, among all rows (N, D), itself included: half the products, as d(i, j) = d(j, i).
+    """Find the k nearest of all rows (N, D) for each row, itself included, or for some consecutive `rows`.
 
-    The order is exact; distances that it did not need in fp64 have the error of an fp32 product.
+    Takes half the products of `nearest_neighbours`, as d(i, j) = d(j, i). The order is exact; distances that it did not
+    need in fp64 have the error of an fp32 product.
     """
-    _check(k, features)
+    _check("neighbour_lists", k, features)
+    rows = slice(0, len(features)) if rows is None else rows
+    if (
+        None in (rows.start, rows.stop)
+        or rows.step not in (None, 1)
+        or not 0 <= rows.start <= rows.stop <= len(features)
+    ):
+        raise ValueError(f"neighbour_lists: rows must be consecutive ones among {len(features)}, got {rows}")
     with full_precision(features):
         items, _ = Rows.both(features, features, normalize)
-        return _nearest(items, items, rows or slice(0, len(items)), k)
+        return _nearest(items, items, rows, k)
 
 
-def _check(k: int, gallery: Tensor) -> None:
-    if not 1 <= k <= len(gallery):
-        raise ValueError(f"nearest_neighbours: k must be 1 to {len(gallery)}, the size of the gallery, got {k}")
+def _check(op: str, k: int, gallery: Tensor) -> None:
+    if not isinstance(k, Integral) or not 1 <= k <= len(gallery):
+        raise ValueError(f"{op}: k must be an integer from 1 to {len(gallery)}, the size of the gallery, got {k}")
+
+
+class Candidates(NamedTuple):
+    """All other rows are at least as far as the last candidate, by the fast product."""
+
+    values: Tensor  # (b, count) fp32, ascending: |q - g|^2, within the bound
+    indices: Tensor  # (b, count) int64
+    farthest: Tensor  # (b,) fp32: the largest value
+    bound: Tensor  # (b,) fp64
 
 
 class _Running:
@@ -88,7 +118,7 @@ def _nearest(queries: Rows, items: Rows, rows: slice, k: int) -> Neighbours:
     if rows.start == rows.stop:
         none = torch.zeros(0, k, dtype=torch.int64, device=device)
         return Neighbours(none.double(), none, none[:, 0].float())
-    tiles = use_triton(queries.features) and queries.features.shape[1] <= WIDEST
+    tiles = use_triton(queries.features) and queries.features.shape[1] <= int8.WIDEST
     candidates = (nearest_by_tiles if tiles else _nearest_by_blocks)(queries, items, rows, count)
     longest = torch.maximum(queries.length[rows], items.length.max())
     bound = candidates.bound + 6 * UNIT * longest.square()  # |q|^2 and the sum with it are rounded
@@ -157,3 +187,97 @@ def _again(queries: Rows, items: Rows, rows: Tensor, most: Tensor, k: int) -> tu
     counts = torch.bincount(r, minlength=len(rows))
     place = order[(counts.cumsum(0) - counts)[:, None] + torch.arange(k, device=order.device)]
     return distances[place], c[place]
+
+
+class Found(NamedTuple):
+    """The nearest so far, in order, and CAPACITY places for more; places that are free hold an infinite value."""
+
+    values: Tensor  # (b, count + CAPACITY) fp32
+    columns: Tensor  # likewise, int32
+    filled: Tensor  # (b,) int32 places
+    farthest: Tensor  # (b,) fp32: the largest value
+
+    @classmethod
+    def nothing(cls, rows: int, count: int, device: torch.device) -> "Found":
+        values = torch.full((rows, count + CAPACITY), torch.inf, device=device)
+        columns = torch.zeros_like(values, dtype=torch.int32)
+        return cls(values, columns, columns.new_zeros(rows), torch.full_like(values[:, 0], -torch.inf))
+
+
+def nearest_by_tiles(queries: Rows, items: Rows, rows: slice, count: int) -> Candidates:
+    """Of some of the queries, count of them each."""
+    device = queries.features.device
+    blocks = torch.arange(rows.start, rows.stop, device=device).split(QUERIES)
+    return Candidates(*(torch.cat(parts) for parts in zip(*(_block(queries, items, block, count) for block in blocks))))
+
+
+def _block(queries: Rows, items: Rows, block: Tensor, count: int) -> Candidates:
+    query, length = int8.split_rows(queries, block), queries.length[block]
+    found, bound = Found.nothing(len(block), count, block.device), torch.zeros_like(length)
+    size = CAPACITY
+    for start, part in items.spans(int8.SPAN):
+        gallery = int8.split_rows(part, torch.arange(len(part), device=block.device))
+        squares = part.length.square().float()
+        bound = bound.maximum(int8.error_bound(query, gallery, length, part.length.max(), part.features.shape[1]))
+        first = 0
+        while first < len(part):
+            piece = slice(first, min(first + size, len(part)))
+            append_piece(query, gallery, squares, piece, start, found, count)
+            fits = int(found.filled.max()) <= CAPACITY
+            if fits:
+                _merge(found, count)
+                first = piece.stop
+            size = 2 * size if fits else CAPACITY
+            found.values[:, count:] = torch.inf
+            found.filled.zero_()
+    square = length.square().float()
+    values, columns = found.values[:, :count] + square[:, None], found.columns[:, :count].long()
+    return Candidates(values, columns, found.farthest + square, bound)
+
+
+def append_piece(
+    query: int8.Split, gallery: int8.Split, squares: Tensor, piece: slice, start: int, found: Found, count: int
+) -> None:
+    """Of a piece of a span, which begins at row `start` of the gallery; squares (span,) fp32."""
+    setting, number = int8.launch(), piece.stop - piece.start
+    tiles = triton.cdiv(len(found.filled), setting["ROWS"]) * triton.cdiv(number, setting["COLUMNS"])
+    append_kernel[(tiles,)](
+        query.parts, query.steps, gallery.parts[piece.start :], gallery.steps[piece.start :], squares[piece],
+        found.values[:, count - 1 :], found.values[:, count:], found.columns[:, count:], found.filled, found.farthest,
+        len(found.filled), number, start + piece.start, found.values.stride(0), query.parts.stride(0),
+        CAPACITY=CAPACITY, BASE=int8.BASE, BLOCK_D=int8.BLOCK_D, **setting,
+    )  # fmt: skip
+
+
+def _merge(found: Found, count: int) -> None:
+    values, order = found.values.topk(count, largest=False)
+    found.columns[:, :count] = found.columns.gather(1, order)
+    found.values[:, :count] = values
+
+
+@triton.jit
+def append_kernel(
+    x_ptr, x_step_ptr, y_ptr, y_step_ptr, y_square_ptr, limit_ptr, values_ptr, columns_ptr, filled_ptr, farthest_ptr,
+    Q, G, FIRST, VALUES_STRIDE, SPLIT_STRIDE, CAPACITY: tl.constexpr, BASE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries and gallery. What is below the limit of its row, the nearest first, is appended to the row's
+    places, values and columns, as far as CAPACITY goes; filled (Q,) counts on. farthest (Q,) is the largest value."""
+    row, column = int8.tile_of(Q, G, ROWS, COLUMNS, GROUP)
+    value = int8.values_of(
+        x_ptr, x_step_ptr, y_ptr, y_step_ptr, y_square_ptr, row, column, G, SPLIT_STRIDE, BASE, ROWS, COLUMNS, BLOCK_D
+    )
+    peak = tl.max(tl.where((column < G)[None, :], value, float("-inf")), 1)
+    tl.atomic_max(farthest_ptr + row, peak, mask=row < Q, sem="relaxed")
+    limit = tl.load(limit_ptr + row.to(tl.int64) * VALUES_STRIDE, mask=row < Q, other=float("-inf"))
+    nearest, place = tl.min(value, 1, return_indices=True)
+    while tl.max((nearest < limit).to(tl.int32), 0) > 0:
+        near = nearest < limit  # past the gallery values are infinite
+        slot = tl.atomic_add(filled_ptr + row, 1, mask=near, sem="relaxed")
+        fits = near & (slot < CAPACITY)
+        at = row.to(tl.int64) * VALUES_STRIDE + slot
+        tl.store(values_ptr + at, nearest, mask=fits)
+        tl.store(columns_ptr + at, FIRST + tl.min(column, 0) + place, mask=fits)
+        taken = near[:, None] & (tl.arange(0, COLUMNS)[None, :] == place[:, None])
+        value = tl.where(taken, float("inf"), value)
+        nearest, place = tl.min(value, 1, return_indices=True)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fusionreid.kernels import _path, augment, reference
-from fusionreid.kernels.augmentation import SPARE, normalize
+from fusionreid.kernels.augmentation import SPARE, erase_rectangles, normalize
 
 SETTINGS = {"seed": 1111, "epoch": 3, "mean": (0.5, 0.4, 0.3), "std": (0.5, 0.25, 0.2)}
 
@@ -36,8 +36,6 @@ def first(inputs: dict[str, torch.Tensor], **changes: object) -> dict[str, objec
 )
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 33])
 def test_as_the_reference(dtype, error, size):
-    if dtype == torch.bfloat16 and _path.triton_on_cpu:
-        pytest.skip("Triton's interpreter cuts bf16 off instead of rounding")
     inputs = batch(size)
     out = augment(**inputs, dtype=dtype, **SETTINGS)
     expected = reference.augment(**inputs, dtype=torch.float64, **SETTINGS)
@@ -53,6 +51,21 @@ def test_images_larger_and_smaller_than_a_program(height, width):
     inputs["erase"][:3] = torch.tensor([[0, 0, height, width], [height // 2, 1, 1, 1], [1, width // 2, height - 2, 1]])
     difference = augment(**inputs, **SETTINGS) - reference.augment(**inputs, **SETTINGS)
     assert difference.abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rectangles_erased_afterwards_are_the_same(dtype):
+    inputs = batch(9, 40, 50)
+    inputs["erase"][:2] = torch.tensor([[0, 0, 40, 50], [39, 49, 1, 1]])
+    expected = augment(**inputs, dtype=dtype, **SETTINGS)
+    out = augment(**inputs | {"erase": torch.zeros_like(inputs["erase"])}, dtype=dtype, **SETTINGS)
+    place = {"seed": SETTINGS["seed"], "epoch": SETTINGS["epoch"]}
+    assert erase_rectangles(out, inputs["erase"], inputs["index"], **place) is out
+    assert torch.equal(out, expected)
+    with pytest.raises(ValueError, match=r"images must be floating \(B, 3, H, W\), channels-last"):
+        erase_rectangles(out.contiguous(), inputs["erase"], inputs["index"], **place)
+    with pytest.raises(ValueError, match=r"erase must be \(9, 4\)"):
+        erase_rectangles(out, inputs["erase"][:8], inputs["index"], **place)
 
 
 def test_rows_of_more_images():
@@ -148,7 +161,7 @@ def test_normalize():
         ({"flip": torch.zeros(1, dtype=torch.int64)}, "flip must be bool"),
         ({"shift": torch.zeros(1, 2)}, "shift must be \\(1, 2\\) whole numbers"),
         ({"erase": torch.zeros(1, 3, dtype=torch.int64)}, "erase must be \\(1, 4\\)"),
-        ({"index": torch.zeros(1, dtype=torch.int32)}, "index int64"),
+        ({"index": torch.zeros(1, dtype=torch.int32)}, "index must be int64"),
         ({"rows": torch.zeros(1)}, "rows must be \\(1,\\) whole numbers"),
         ({"rows": torch.zeros(2, dtype=torch.int64)}, "flip must be \\(2,\\)"),
         ({"std": (0.5, 0.5)}, "mean and std must be three numbers each"),

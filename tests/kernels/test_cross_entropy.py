@@ -7,7 +7,6 @@ from torch import Tensor
 from fusionreid.kernels import cross_entropy, reference, smoothed_cross_entropy
 from tests.numerics import assert_as_accurate, assert_close
 
-BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.needs_gpu("the interpreter lacks bf16"))
 # Images, classes, heads: one below, at and above a block of 128 and of 4096.
 SHAPES = [(3, 1, 1), (2, 127, 2), (3, 128, 1), (2, 129, 3), (2, 751, 6), (2, 4095, 1), (1, 4096, 1), (2, 4097, 2)]
 
@@ -40,7 +39,7 @@ def test_is_as_accurate_as_plain_torch(images: int, classes: int, heads: int, dt
 
 @pytest.mark.usefixtures("triton_path")
 @pytest.mark.parametrize("smoothing", [0.0, 0.25, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("images", "classes", "heads"), SHAPES)
 def test_kernels_are_as_accurate_as_plain_torch(
     images: int, classes: int, heads: int, dtype: torch.dtype, smoothing: float

@@ -56,11 +56,10 @@ KERNEL_SHAPES = [
     *((2, 1, 1, 8), (1, 15, 3, 16), (2, 16, 2, 32), (2, 17, 2, 48), (1, 64, 1, 64), (2, 65, 2, 64), (1, 66, 1, 64)),
     *((1, 128, 1, 64), (1, 129, 1, 64), (1, 130, 1, 64), (1, 193, 1, 64), (1, 211, 1, 64), (1, 256, 1, 32)),
 ]
-BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.needs_gpu("the interpreter's bf16 product is wrong"))
 
 
 @pytest.mark.usefixtures("triton_path")
-@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", KERNEL_SHAPES)
 def test_kernels_are_as_accurate_as_plain_torch(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     check_accuracy(shape, dtype)

@@ -15,7 +15,7 @@ from fusionreid.kernels import (
     nearest_neighbours,
     rank_counts,
     smoothed_cross_entropy,
-    triplet_forward,
+    triplet,
 )
 from tests.kernels.test_class_attention import make_stream
 
@@ -64,7 +64,7 @@ def test_is_on_the_device_of_its_tensors(
         yield
         entered.pop()
 
-    kernel = type(triplet_forward.forward)
+    kernel = type(triplet.forward_kernel)
     run = kernel.run
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(kernel, "run", lambda *given, **named: found.append(entered[-1:]) or run(*given, **named))

@@ -90,10 +90,17 @@ def test_no_row_is_nearer_than_itself() -> None:
     assert (farthest >= 0).all()
 
 
-@pytest.mark.parametrize("k", [0, 5])
+@pytest.mark.parametrize("k", [0, 5, 1.5])
 def test_k_must_fit_the_gallery(k: int) -> None:
-    with pytest.raises(ValueError, match=f"k must be 1 to 4, the size of the gallery, got {k}"):
-        nearest_neighbours(torch.ones(2, 3), torch.ones(4, 3), k)
+    for op, query in ((nearest_neighbours, (torch.ones(2, 3),)), (neighbour_lists, ())):
+        with pytest.raises(ValueError, match=f"{op.__name__}: k must be an integer from 1 to 4, .* got {k}"):
+            op(*query, torch.ones(4, 3), k)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 5), slice(-2, 3), slice(3, 1), slice(0, 4, 2), slice(None, 2)])
+def test_rows_must_be_consecutive_ones_of_the_features(rows: slice) -> None:
+    with pytest.raises(ValueError, match="rows must be consecutive ones among 4, got slice"):
+        neighbour_lists(torch.ones(4, 3), 1, rows=rows)
 
 
 def test_widths_must_agree() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusionreid.kernels import RankCounts, _counting, _distances, _rows, rank_counts, rank_counts_of, ranking, reference
+from fusionreid.kernels import RankCounts, _exact_distances, rank_counts, rank_counts_of, ranking, reference
 
 
 def made_up(num_query: int, num_gallery: int, width: int, kind: str, seed: int) -> tuple[Tensor, ...]:
@@ -54,9 +54,9 @@ def test_equals_sorting_fp64_distances(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranking, "QUERY_BLOCK", 3)
         patch.setattr(ranking, "GALLERY_BLOCK", 4)
-        patch.setattr(_rows, "EXACT_ROWS", 7)
+        patch.setattr(_exact_distances, "EXACT_ROWS", 7)
         for name, value in {"ROWS": 2, "PAIRS": 5, "FEW": few, "BUCKETS": 16}.items():
-            patch.setattr(_counting, name, value)
+            patch.setattr(ranking, name, value)
         counted = rank_counts(*features, *ids, normalize=normalize)
     assert_equal(counted, reference.rank_counts(*features, *ids, normalize=normalize))
 
@@ -94,15 +94,18 @@ def test_the_error_bound_holds_and_is_not_vacuous(width: int, normalize: bool) -
         5 * torch.randn(40, width).abs(),
         3 * torch.randn(90, width).abs(),
     )  # no cancellation: the worst sums
-    queries, items = _rows.Rows("query", query, normalize), _rows.Rows("gallery", gallery, normalize)
-    ((_, fast),) = _distances.fast_distances(_distances.scaled(queries, slice(0, 40)), items, 90)
+    queries, items = (
+        _exact_distances.Rows("query", query, normalize),
+        _exact_distances.Rows("gallery", gallery, normalize),
+    )
+    ((_, fast),) = _exact_distances.fast_distances(_exact_distances.scaled(queries, slice(0, 40)), items, 90)
     q, g = torch.cartesian_prod(torch.arange(40), torch.arange(90)).unbind(1)
-    exact = _distances.exact_distances(queries, items, q, g).view(40, 90) - queries.length.square()[:, None]
-    bound = _distances.error_bound(queries, items, slice(0, 40))[:, None]
+    exact = _exact_distances.exact_distances(queries, items, q, g).view(40, 90) - queries.length.square()[:, None]
+    bound = _exact_distances.error_bound(queries, items, slice(0, 40))[:, None]
     assert ((fast - exact).abs() <= bound).all()
     assert (bound <= 1e-4 * items.length.max() * queries.length.max() + 1e-6 * items.length.max().square()).all()
-    close = _distances.close_distances(queries, items, q, g).view(40, 90) - queries.length.square()[:, None]
-    close_bound = _distances.close_bound(queries, items, torch.arange(40))[:, None]
+    close = _exact_distances.close_distances(queries, items, q, g).view(40, 90) - queries.length.square()[:, None]
+    close_bound = _exact_distances.close_bound(queries, items, torch.arange(40))[:, None]
     assert ((close - exact).abs() <= close_bound).all()
     assert (close_bound < bound / 5).all()
 
@@ -110,13 +113,14 @@ def test_the_error_bound_holds_and_is_not_vacuous(width: int, normalize: bool) -
 def test_products_are_those_of_float32_whatever_the_program_allows() -> None:
     """Named in torch's newer way, after which the older one raises."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
     backends[0].fp32_precision = "tf32"
     try:
-        with _distances.full_precision(torch.empty(0)):
+        with _exact_distances.full_precision(torch.empty(0)):
             assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
-        assert [backend.fp32_precision for backend in backends] == ["tf32", "none"]
+        assert [backend.fp32_precision for backend in backends] == ["tf32", before[1]]
     finally:
-        backends[0].fp32_precision = "none"
+        backends[0].fp32_precision = before[0]
 
 
 def test_features_of_any_type_are_left_as_they_are() -> None:
@@ -157,3 +161,29 @@ def test_distances_must_be_finite() -> None:
     zero = torch.zeros(1, dtype=torch.long)
     with pytest.raises(ValueError, match="finite"):
         rank_counts_of(torch.tensor([[float("nan")]]), zero, zero, zero, zero)
+
+
+@pytest.mark.parametrize(
+    ("place", "ids", "message"),
+    [
+        (0, torch.zeros(3, dtype=torch.long), r"query_persons must hold one integer for each of 2 rows, .* \(3,\)"),
+        (1, torch.zeros(2, dtype=torch.long), r"gallery_persons .* of 4 rows, on cpu, got \(2,\)"),
+        (2, torch.zeros(2, 1, dtype=torch.long), r"query_cameras .* got \(2, 1\)"),
+        (3, torch.full((4,), float("nan")), "gallery_cameras .* torch.float32"),
+        (3, torch.zeros(4, dtype=torch.long, device="meta"), "gallery_cameras .* on cpu, got .* on meta"),
+    ],
+)
+def test_wrong_ids_are_named(place: int, ids: Tensor, message: str) -> None:
+    given = [torch.zeros(n, dtype=torch.long) for n in (2, 4, 2, 4)]
+    given[place] = ids
+    with pytest.raises(ValueError, match=f"rank_counts: {message}"):
+        rank_counts(torch.randn(2, 3), torch.randn(4, 3), *given)
+    with pytest.raises(ValueError, match=f"rank_counts_of: {message}"):
+        rank_counts_of(torch.rand(2, 4), *given)
+
+
+def test_given_distances_must_be_floating_and_two_dimensional() -> None:
+    zero = torch.zeros(1, dtype=torch.long)
+    for distances in (torch.ones(1), torch.ones(1, 1, dtype=torch.long)):
+        with pytest.raises(ValueError, match="distances must be floating"):
+            rank_counts_of(distances, zero, zero, zero, zero)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusionreid.kernels import _distances, _rows, rank_counts, ranking, ranking_tiles, reference
+from fusionreid.kernels import _exact_distances, rank_counts, ranking, reference
+from fusionreid.kernels import _int8_products as int8
 from tests.kernels.test_ranking import assert_equal, made_up, made_up_ids
 
 pytestmark = pytest.mark.usefixtures("triton_path")
@@ -44,8 +45,8 @@ def plain_path() -> None:
 def test_equals_sorting_fp64_distances(
     num_query: int, num_gallery: int, width: int, persons: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranking_tiles, "QUERIES", 100)
-    monkeypatch.setattr(ranking_tiles, "SPAN", 200)
+    monkeypatch.setattr(ranking, "QUERIES", 100)
+    monkeypatch.setattr(int8, "SPAN", 200)
     features = made_up(num_query, num_gallery, width, kind, seed=width)
     ids = made_up_ids(num_query, num_gallery, persons, 3, seed=width)
     expected = reference.rank_counts(*features, *ids)
@@ -90,7 +91,7 @@ def test_more_open_pairs_than_can_be_noted_take_the_plain_path(
     monkeypatch.setattr(ranking, "_count_features", lambda *given: taken.append(len(given[2])) or plain(*given))
     needed = rank_counts(*on_device(*features, *ids)).recomputed
     assert not taken
-    monkeypatch.setattr(ranking_tiles, "CAPACITY", needed - missing)
+    monkeypatch.setattr(ranking, "CAPACITY", needed - missing)
     assert_equal(rank_counts(*on_device(*features, *ids)), reference.rank_counts(*features, *ids))
     assert taken == [10] * missing
 
@@ -111,15 +112,18 @@ def test_the_error_bound_holds_and_is_not_vacuous(width: int, kind: str, normali
         query, gallery = query.abs(), gallery.abs()
     if kind == "one large":  # coarse steps
         query[:, 0], gallery[:, 0] = 500, 300
-    queries, items = _rows.Rows("query", query, normalize), _rows.Rows("gallery", gallery, normalize)
-    mine, theirs = (ranking_tiles.split_rows(rows, torch.arange(len(rows))) for rows in (queries, items))
+    queries, items = (
+        _exact_distances.Rows("query", query, normalize),
+        _exact_distances.Rows("gallery", gallery, normalize),
+    )
+    mine, theirs = (int8.split_rows(rows, torch.arange(len(rows))) for rows in (queries, items))
     fast = items.length.square().float() - 2 * kept_product(mine, theirs)[:10, :30]
     q, g = torch.cartesian_prod(torch.arange(10), torch.arange(30)).unbind(1)
-    exact = _distances.exact_distances(queries, items, q, g).view(10, 30) - queries.length.square()[:, None]
-    bound = ranking_tiles.error_bound(mine, theirs, queries.length, items.length.max(), width)
+    exact = _exact_distances.exact_distances(queries, items, q, g).view(10, 30) - queries.length.square()[:, None]
+    bound = int8.error_bound(mine, theirs, queries.length, items.length.max(), width)
     assert ((fast - exact).abs() <= bound[:, None]).all()
     if kind != "one large" and width > 3:
-        assert (bound < _distances.error_bound(queries, items, slice(0, 10)) / 2).all()
+        assert (bound < _exact_distances.error_bound(queries, items, slice(0, 10)) / 2).all()
 
 
 @pytest.mark.parametrize("parts", [(1, 2), (2, 1), (3, 0), (0, 3)])
@@ -128,17 +132,17 @@ def test_the_error_bound_holds_where_what_is_left_out_is_largest(parts: tuple[in
     query, gallery = (torch.full((1, 2000), (127.0, 100 / 254, 100 / 254**2, 0.45 / 254**2)[part]) for part in parts)
     query[0, :2], gallery[0, :2] = torch.tensor([127.0, 0]), torch.tensor([0, 127.0])  # steps of 1
     query *= 64  # else the rounding of |y|^2 may be larger
-    queries, items = _rows.Rows("query", query, False), _rows.Rows("gallery", gallery, False)
-    mine, theirs = (ranking_tiles.split_rows(rows, torch.zeros(1, dtype=torch.long)) for rows in (queries, items))
+    queries, items = _exact_distances.Rows("query", query, False), _exact_distances.Rows("gallery", gallery, False)
+    mine, theirs = (int8.split_rows(rows, torch.zeros(1, dtype=torch.long)) for rows in (queries, items))
     fast = -2 * kept_product(mine, theirs)[0, 0].double()
     error = (fast + 2 * (query.double() * gallery.double()).sum()).abs()
-    bound = ranking_tiles.error_bound(mine, theirs, queries.length, items.length[0], 2000)[0]
+    bound = int8.error_bound(mine, theirs, queries.length, items.length[0], 2000)[0]
     assert bound / 2 < error <= bound
 
 
-def kept_product(query: ranking_tiles.Split, gallery: ranking_tiles.Split) -> Tensor:
+def kept_product(query: int8.Split, gallery: int8.Split) -> Tensor:
     """Of all rows, as the kernel sums it."""
-    x, y = (rows.parts.unflatten(1, (-1, 3, ranking_tiles.BLOCK_D)).double().unbind(2) for rows in (query, gallery))
+    x, y = (rows.parts.unflatten(1, (-1, 3, int8.BLOCK_D)).double().unbind(2) for rows in (query, gallery))
     x, y = ([part.flatten(1) for part in parts] for parts in (x, y))
     high, middle, low = (sum(x[i] @ y[n - i].T for i in range(n + 1)).float() for n in range(3))
     return (high + (middle + low / 254) / 254) * query.steps[:, None] * gallery.steps

@@ -117,6 +117,51 @@ def test_far_apart_features_do_not_overflow_and_nan_is_not_hidden() -> None:
     assert batch_hard_triplet([x * float("nan")], torch.tensor([0, 0, 1, 1])).losses.isnan().all()
 
 
+def far_from_zero(kind: str) -> tuple[Tensor, Tensor]:
+    """Features that lie close together, but far from 0: 8 persons, 4 images each."""
+    x, persons = torch.randn(32, 64), torch.arange(32) // 4
+    if kind == "alike":
+        x += 1e4
+    if kind == "unlike":
+        x += 1e4 * torch.randn(64)
+    if kind == "one outlier":
+        x[0] += 300
+    if kind == "half":
+        x = (x + 700).half()  # in steps of 1/2: many ties
+    return x, persons
+
+
+KINDS = ["alike", "unlike", "one outlier", "half"]
+
+
+def assert_exact(x: Tensor, persons: Tensor) -> None:
+    """The pairs are the hardest ones by fp64 distances, and losses and gradients follow from them."""
+    x, gold = x.clone().requires_grad_(), x.double().requires_grad_()
+    mined, expected = batch_hard_triplet([x], persons), reference.batch_hard_triplet([gold], persons)
+    squares = (gold[:, None] - gold).square().sum(2).detach()
+    for chosen, extreme in (
+        (mined.positive_indices[0], expected.positive_indices[0]),
+        (mined.negative_indices[0], expected.negative_indices[0]),
+    ):
+        found, best = (squares.gather(1, index[:, None]) for index in (chosen, extreme))
+        assert ((found - best).abs() <= 1e-5 * best).all()
+    assert_close("loss", mined.losses, expected.losses, 1e-5)
+    (ours,), (theirs,) = torch.autograd.grad(mined.losses, x), torch.autograd.grad(expected.losses, gold)
+    rounding = 2.0**-23 * expected.positive_distances.max().item()  # of a gap, and so of its slope
+    assert_close("gradient", ours, theirs, 2 * torch.finfo(x.dtype).eps + 1e-5 + rounding)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_far_from_zero_are_mined_exactly(kind: str) -> None:
+    assert_exact(*far_from_zero(kind))
+
+
+def test_squares_beyond_fp32_are_not_hidden() -> None:
+    x = torch.tensor([[0.0], [1e19], [3e19], [0.0]], requires_grad=True)
+    losses = batch_hard_triplet([x], torch.tensor([0, 0, 1, 1])).losses
+    assert not losses.isfinite().any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_input_is_computed_in_fp32_under_autocast_too(dtype: torch.dtype) -> None:
     x, persons = (30 * torch.randn(16, 64)).to(dtype), torch.arange(16) // 4
@@ -134,11 +179,28 @@ def test_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(compiled(x), batch_hard_triplet([x, 2 * x], persons).losses)
 
 
-def test_wrong_input_is_named() -> None:
-    with pytest.raises(ValueError, match=r"N = 3 persons, got \(4, 2\)"):
-        batch_hard_triplet([torch.ones(4, 2)], torch.zeros(3, dtype=torch.long))
-    with pytest.raises(ValueError, match="0 heads"):
-        batch_hard_triplet([], torch.zeros(3, dtype=torch.long))
+@pytest.mark.parametrize(
+    ("features", "persons", "options", "message"),
+    [
+        ([torch.ones(4, 2)], torch.zeros(3, dtype=torch.long), {}, r"N = 3 persons, got \(4, 2\)"),
+        ([], torch.zeros(3, dtype=torch.long), {}, "got 0 heads"),
+        ([torch.ones(2, 3)], torch.tensor(1), {}, r"persons \(\) torch.int64"),
+        ([torch.ones(2, 0)], torch.zeros(2, dtype=torch.long), {}, "D > 0, with"),
+        ([torch.ones(2, 3).int()], torch.zeros(2, dtype=torch.long), {}, "floating .* in head 0"),
+        ([torch.ones(2, 3)], torch.tensor([0, torch.nan]), {}, r"integer persons .* torch.float32"),
+        (
+            [torch.ones(2, 3), torch.ones(2, 3, device="meta")],
+            torch.zeros(2, dtype=torch.long),
+            {},
+            "head 1 is on meta",
+        ),
+        ([torch.ones(2, 3)], torch.zeros(2, dtype=torch.long), {"margin": math.nan}, "margin must be finite"),
+        ([torch.ones(2, 3)], torch.zeros(2, dtype=torch.long), {"product_dtype": torch.int32}, "product_dtype must be"),
+    ],
+)
+def test_wrong_input_is_named(features: list[Tensor], persons: Tensor, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        batch_hard_triplet(features, persons, **options)
 
 
 def test_products_in_half_precision_follow_the_published_formula() -> None:

@@ -1,19 +1,26 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test sanitize lint
 
 .venv/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0  # asks for Python 3.12, runs on 3.11
 	touch $@
 
 demo: .venv/installed  ## render a data set, train on it, evaluate beside two baselines, draw the report
 	$(BIN)/python engine/train.py --config_file configs/synthetic/tiny.yml
 	$(BIN)/python engine/evaluate.py --config_file configs/synthetic/tiny.yml --baselines
 
-test: .venv/installed  ## some eight minutes on two cores without a GPU
+test: .venv/installed  ## all tests; `-m 'not slow'` is the quick part
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+sanitize: .venv/installed  ## every Triton kernel as compiled for sm_90, executed on the CPU in fp32, fp16 and bf16
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/sanitize -m sanitize --numprocesses 2
+
+sweep: .venv/installed  ## thousands of random sequences and injected faults; up to an hour
+	$(BIN)/python -m pytest -m sweep
 
 lint: .venv/installed
 	$(BIN)/ruff check .

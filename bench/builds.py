@@ -1,19 +1,24 @@
-"""What Triton's compiler makes of the kernels that a call launches, for GPUs that need not be there.
+"""Inspect what Triton's compiler makes of the kernels that a call launches, for GPUs that need not be there.
 
 The call runs on CPU tensors; every launch is compiled with the arguments and settings it would have, and not run. So
-the table shows what ships: registers, stack and local memory (where spills go), shared memory, matrix instructions.
+the table shows what ships: registers, stack and local memory (where spills go), shared memory, matrix instructions, how
+far copies run ahead, and a predicted time (`bench/predict.py` says of what).
 `python bench/builds.py attention` prints one JSON line per suite's launch, kernel and GPU.
 """
 
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from bench.predict import predicted_s, tensor_share, wait_depth, waiting_turns
 from fusionreid.kernels import _path
 
 CAPABILITIES = (80, 90, 100)
@@ -32,7 +38,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Programming Guide, technical specifications per compute capability; each program also takes 1 KiB).
 REGISTERS, WARPS = 65_536, 64
 SHARED_BYTES = {80: (167_936, 166_912), 90: (233_472, 232_448), 100: (233_472, 232_448)}
-MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|IGMMA|UTCHMMA|UTCQMMA|UTC[A-Z]*MMA|HMMA|IMMA|QGMMA)\b")
+MATRIX_INSTRUCTION = re.compile(r"\b((?:HGMMA|IGMMA|QGMMA|HMMA|IMMA|UTC[A-Z]*MMA)[.\w]*) (?:R\d+, (R\d+, gdesc)?)?")
 PRODUCT = re.compile(r"\btt\.dot .*(tf32|: tensor<\w+x(b?f16|i8)>)")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
@@ -45,6 +51,7 @@ class Launch:
     call: Callable[[], object]
     bytes_moved: float  # at the real size: every input read once, every output written once
     operations: float
+    copies: int = 1  # times that the first dimension is larger at the real size
 
 
 @dataclass(frozen=True)
@@ -58,39 +65,48 @@ class Build:
     stack_bytes: int  # per thread
     local_bytes: int  # per thread
     shared_bytes: int  # per program
-    matrix_instructions: tuple[str, ...]
+    matrix_instructions: dict[str, int]  # how many of each shape and type; RS: their first operand is in registers
     has_product: bool  # one that matrix instructions exist for
+    grid: int  # programs of the launch
+    wait_depth: int | None  # copies that are still under way at the wait with the most; None without any
+    waiting_turns: int  # of loops that leave none under way
 
     @property
     def programs(self) -> int:
-        """How many of them fit a multiprocessor at once."""
+        """Number of programs that fit a multiprocessor at once."""
         registers = 32 * self.warps * -(-self.registers // 8) * 8
         shared, _ = SHARED_BYTES[self.capability]
         return min(REGISTERS // registers, WARPS // self.warps, 32, shared // (self.shared_bytes + 1024))
 
     @property
     def fits(self) -> bool:
+        """Whether a multiprocessor has room for one."""
         return self.programs > 0 and self.shared_bytes <= SHARED_BYTES[self.capability][1]
 
 
 def builds(call: Callable[[], object], capability: int) -> list[Build]:
-    """All launches of a call on CPU tensors, compiled for a capability (90 is sm_90), each kernel and setting once."""
-    compiled: dict[str, Any] = {}
-    with _compiling(compiled, capability):
+    """Compile all launches of a call on CPU tensors for a capability (90 is sm_90), each kernel and setting once."""
+    return [_inspect(kernel, grid, capability) for kernel, grid in compiled(call, capability)]
+
+
+def compiled(call: Callable[[], object], capability: int) -> list[tuple[Any, int]]:
+    """Return the kernels of all launches of a call, each with a setting once, and their numbers of programs."""
+    kernels: dict[str, tuple[Any, int]] = {}
+    with _compiling(kernels, capability):
         call()
-    return [_inspect(kernel, capability) for kernel in compiled.values()]
+    return list(kernels.values())
 
 
 @contextmanager
-def _compiling(compiled: dict[str, Any], capability: int) -> Iterator[None]:
-    """Every launch of a Triton kernel is compiled and left in `compiled`, by the digest of its code."""
+def _compiling(kernels: dict[str, tuple[Any, int]], capability: int) -> Iterator[None]:
+    """Every launch of a Triton kernel is compiled and left in `kernels`, by the digest of its code."""
     if not issubclass(type(_probe), JITFunction):
         raise RuntimeError("the build report needs Triton's compiler: unset TRITON_INTERPRET")
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        compiled.setdefault(kernel.hash, kernel)
+        kernels.setdefault(kernel.hash, (kernel, prod(grid)))
         return kernel
 
     before = triton.runtime.driver._active
@@ -124,7 +140,7 @@ def _probe() -> None:
     pass
 
 
-def _inspect(kernel: Any, capability: int) -> Build:
+def _inspect(kernel: Any, grid: int, capability: int) -> Build:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -134,9 +150,22 @@ def _inspect(kernel: Any, capability: int) -> Build:
     if found is None:
         raise RuntimeError(f"cuobjdump says nothing of registers: {usage}")
     registers, stack, local = map(int, found.groups())
-    meta, instructions = kernel.metadata, tuple(sorted(set(MATRIX_INSTRUCTION.findall(code))))
-    has_product = bool(PRODUCT.search(kernel.asm["ttir"]))
-    return Build(meta.name, capability, meta.num_warps, registers, stack, local, meta.shared, instructions, has_product)
+    meta, ttgir = kernel.metadata, kernel.asm["ttgir"]
+    instructions = Counter(name + " RS" * bool(of_registers) for name, of_registers in MATRIX_INSTRUCTION.findall(code))
+    return Build(
+        meta.name,
+        capability,
+        meta.num_warps,
+        registers,
+        stack,
+        local,
+        meta.shared,
+        dict(sorted(instructions.items())),
+        bool(PRODUCT.search(kernel.asm["ttir"])),
+        grid,
+        wait_depth(ttgir),
+        waiting_turns(ttgir),
+    )
 
 
 def _cuobjdump(*arguments: str) -> str:
@@ -144,13 +173,47 @@ def _cuobjdump(*arguments: str) -> str:
 
 
 def report(suite: str) -> list[dict[str, Any]]:
-    """Every launch of a suite for every GPU."""
+    """Compile every launch of a suite for every GPU, in two processes."""
     launches = list(import_module(f"bench.suite_{suite}").launches())
+    jobs = [(launch, capability) for launch in launches for capability in CAPABILITIES]
+    fork = multiprocessing.get_context("fork")  # a launch is a closure: it is inherited, not sent
+    with ProcessPoolExecutor(2, fork, _inherit, (jobs,)) as pool:
+        return [row for rows in pool.map(_rows, range(len(jobs))) for row in rows]
+
+
+_jobs: list[tuple[Launch, int]] = []
+
+
+def _inherit(jobs: list[tuple[Launch, int]]) -> None:
+    global _jobs
+    _jobs = jobs
+
+
+def _rows(number: int) -> list[dict[str, Any]]:
+    launch, capability = _jobs[number]
+    found = builds(launch.call, capability)
     return [
-        {"launch": launch.name, "bytes": launch.bytes_moved, "operations": launch.operations, **asdict(build),
-         "programs": build.programs, "fits": build.fits}
-        for launch in launches for capability in CAPABILITIES for build in builds(launch.call, capability)
-    ]  # fmt: skip
+        {
+            "launch": launch.name,
+            "bytes": launch.bytes_moved,
+            "operations": launch.operations,
+            **asdict(build),
+            "programs": build.programs,
+            "fits": build.fits,
+            "predicted_s": predicted_s(
+                capability,
+                launch.bytes_moved,
+                launch.operations,
+                tensor_share(build.matrix_instructions, capability),
+                build.grid * launch.copies,
+                build.programs,
+                build.waiting_turns,
+            )
+            if len(found) == 1
+            else None,
+        }
+        for build in found
+    ]
 
 
 if __name__ == "__main__":

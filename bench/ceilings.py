@@ -1,4 +1,4 @@
-"""What the machine at hand can do at most: bytes per second of a copy, operations per second of a matrix product."""
+"""Limits of the machine at hand: bytes per second of a copy, operations per second of a matrix product."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,18 +12,20 @@ ROUNDS = 20
 
 @dataclass(frozen=True)
 class Ceilings:
+    """Limits of a machine."""
+
     bytes_per_s: float
     operations_per_s: float
 
     def limit_ms(self, bytes_moved: float | None, operations: float | None) -> float | None:
-        """The time that no implementation can beat unless its inputs were in a cache; None if nothing is known."""
+        """Return the time that no implementation beats unless its inputs are in a cache; None if nothing is known."""
         if bytes_moved is None and operations is None:
             return None
         return 1e3 * max((bytes_moved or 0) / self.bytes_per_s, (operations or 0) / self.operations_per_s)
 
 
 def measure_ceilings(settings: Settings) -> Ceilings:
-    """The best of some rounds: a copy of far more than the caches hold, and a square product in `settings.dtype`."""
+    """Measure the best of some rounds: a copy far larger than the caches, a square product in `settings.dtype`."""
     gpu, quick = settings.device.type == "cuda", settings.size == "quick"
     count, side = (2**20, 128) if quick else (2**29, 8192) if gpu else (2**27, 2048)
     source = torch.ones(count, dtype=torch.uint8, device=settings.device)

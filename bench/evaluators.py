@@ -14,7 +14,7 @@ Precision = Callable[[np.ndarray], np.ndarray]
 
 @torch.no_grad()
 def product_alone(query: Tensor, gallery: Tensor) -> None:
-    """q . g of all pairs in fp32, a block of queries after the other into the same memory."""
+    """Multiply all pairs in fp32, a block of queries after the other into the same memory."""
     memory = query.new_empty(min(BLOCK, len(query)), len(gallery))
     for x in query.split(BLOCK):
         torch.mm(x, gallery.T, out=memory[: len(x)])
@@ -22,10 +22,14 @@ def product_alone(query: Tensor, gallery: Tensor) -> None:
 
 @torch.no_grad()
 def sorted_blocks(
-    query: Tensor, gallery: Tensor, query_persons: Tensor, gallery_persons: Tensor, query_cameras: Tensor,
+    query: Tensor,
+    gallery: Tensor,
+    query_persons: Tensor,
+    gallery_persons: Tensor,
+    query_cameras: Tensor,
     gallery_cameras: Tensor,
-) -> Tensor:  # fmt: skip
-    """The plain rewrite without a loop over queries, on any device; memory grows with a block of the matrix."""
+) -> Tensor:
+    """Evaluate without a loop over queries, on any device; memory grows with a block of the matrix."""
     squares, parts = gallery.square().sum(1), []
     for x, person, camera in zip(*(t.split(BLOCK) for t in (query, query_persons, query_cameras))):
         order = torch.addmm(squares, x, gallery.T, alpha=-2).argsort(1)
@@ -44,7 +48,7 @@ def sorted_blocks(
 
 
 def in_tf32(measure: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same with products of rounded factors, on a GPU that has them."""
+    """Wrap a measure so that products round their factors to TF32, on a GPU that has them."""
 
     def call(*arguments: Tensor) -> Tensor:
         before = torch.get_float32_matmul_precision()
@@ -58,17 +62,17 @@ def in_tf32(measure: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def by_place(hits: np.ndarray) -> np.ndarray:
-    """Precision at every place."""
+    """Divide hits by places: the precision at every place."""
     return hits / np.arange(1, len(hits) + 1)
 
 
 def by_place_in_python(hits: np.ndarray) -> np.ndarray:
-    """The same as torchreid and fast-reid have it, without their Cython."""
+    """Compute the precision at every place as torchreid and fast-reid do without their Cython."""
     return np.asarray([count / (place + 1.0) for place, count in enumerate(hits)])
 
 
 def published(query: Tensor, gallery: Tensor, *given: Tensor, precision: Precision = by_place) -> Tensor:
-    """As everybody does: the matrix goes to the host, numpy sorts every row, a loop walks over the queries."""
+    """Evaluate as everybody does: the matrix goes to the host, numpy sorts every row, a loop walks over the queries."""
     squares = query.square().sum(1, keepdim=True) + gallery.square().sum(1)
     distances = squares.addmm(query, gallery.T, beta=1, alpha=-2).cpu().numpy()
     query_persons, gallery_persons, query_cameras, gallery_cameras = (ids.cpu().numpy() for ids in given)
@@ -91,7 +95,7 @@ def published(query: Tensor, gallery: Tensor, *given: Tensor, precision: Precisi
 
 
 def reranked_as_published(query: Tensor, gallery: Tensor, k1: int, k2: int, weight: float) -> Tensor:
-    """As everybody does: N x N arrays in numpy, half precision weights, loops over all images and all queries."""
+    """Re-rank as everybody does: N x N arrays in numpy, half precision weights, loops over images and queries."""
     features, num_query = torch.cat([query, gallery]), len(query)
     squares = features.square().sum(1, keepdim=True)
     distances = (squares + squares.T).addmm(features, features.T, beta=1, alpha=-2).numpy()

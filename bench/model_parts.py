@@ -1,4 +1,4 @@
-"""The parts of a model alone, forward and backward, each on the activations that the whole model gives it."""
+"""Parts of a model alone, forward and backward, each on the activations that the whole model gives it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ PARTS = ("CNN", "Transformer", "LRU", "HTM", "heads and losses")
 def prepare(
     model: FusionReID, part: str, images: Tensor, batch: Batch, autocast: Callable[[bool], torch.autocast]
 ) -> dict[bool, list[Tensor]]:
-    """What the whole model gives a part, exact or not."""
+    """Collect the activations that the whole model gives a part, exact or not."""
     model.train()
     draws = Draws(model, SEED, torch.arange(len(images), device=images.device))
     draws.draw(torch.zeros((), dtype=torch.int64, device=images.device))
@@ -40,7 +40,7 @@ def forward_and_backward(
     autocast: Callable[[bool], torch.autocast],
     loss: Callable[[Outputs, Tensor], LossParts],
 ) -> Callable[[bool], list[Tensor]]:
-    """A call, exact or not: the outputs, then the gradients of the inputs, or of a weight in the first layers."""
+    """Make a call, exact or not, that returns outputs and gradients, of the inputs or of a weight in early layers."""
     # A batch norm magnifies the rounding of channels that hardly vary: no gradient of the maps is compared.
     first = {"CNN": "cnn", "Transformer": "transformer", "LRU": "cnn_lru.ptconv"}.get(part)
     with torch.no_grad(), autocast(False):

@@ -1,4 +1,4 @@
-"""The door of the benchmarks: `python bench/run.py --suite attention|triplet|evaluation|loader|step|all`.
+"""Run the benchmarks: `python bench/run.py --suite attention|triplet|evaluation|loader|step|all`.
 
 Prints one table per suite. --record keeps the numbers beside the digest of the sources they belong to, --report shows
 all that were kept and which of them are stale.
@@ -7,15 +7,12 @@ all that were kept and which of them are stale.
 import argparse
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from hashlib import blake2b
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +22,10 @@ if __name__ == "__main__":  # a script's own folder must not hide modules, and i
 import torch
 
 from bench.ceilings import Ceilings, measure_ceilings
+from bench.machine import ROOT, machine
 from bench.timing import Case, Measurement, Settings, Work, WrongResultError, measure
 
 SUITES = ("attention", "triplet", "evaluation", "loader", "step")
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
 SECONDS_PER_CASE = 8.0
 H200 = Ceilings(bytes_per_s=4.3e12, operations_per_s=790e12)
@@ -59,14 +56,17 @@ BUILD_COLUMNS: dict[str, Callable[[Row], str]] = {
     "spilled": lambda row: f"{row['stack_bytes'] + row['local_bytes']} B",
     "shared": lambda row: f"{row['shared_bytes'] / 1024:.1f} KiB",
     "programs": lambda row: str(row["programs"]),
-    "products": lambda row: " ".join(row["matrix_instructions"]),
+    "products": lambda row: ", ".join(f"{count} {name}" for name, count in row["matrix_instructions"].items()),
+    "ahead": lambda row: "" if row["wait_depth"] is None else str(row["wait_depth"]),
     "MB": lambda row: _number(row["bytes"] * 1e-6),
     "GFLOP": lambda row: _number(row["operations"] * 1e-9),
     "limit us": lambda row: _number(1e3 * (H200.limit_ms(row["bytes"], row["operations"]) or 0)),
+    "predicted us": lambda row: "" if row["predicted_s"] is None else _number(1e6 * row["predicted_s"]),
 }
 BUILD_LEGEND = (
     "As compiled, not run. Programs: that fit a multiprocessor at once. Limit: of an ideal implementation at the real "
-    "size on an H200, 4.3 TB/s in a copy and 790 TFLOP/s in a bf16 product."
+    "size on an H200, 4.3 TB/s in a copy and 790 TFLOP/s in a bf16 product. Ahead: copies that a loop leaves under way "
+    "where it waits for one. Predicted: of the code, on an A100, H200 and B200, by bench/predict.py; never measured."
 )
 LEGEND = (
     "speed: against the fastest alternative. GB/s and GFLOP/s: bytes and operations of an ideal implementation over "
@@ -78,6 +78,7 @@ LEGEND = (
 
 
 def main(argv: Sequence[str] | None = None, results: Path = RESULTS) -> int:
+    """Measure, record or report, as the arguments say."""
     parser = argparse.ArgumentParser(description="Time our ops against every honest alternative, in one process.")
     parser.add_argument("--suite", choices=(*SUITES, "all"))
     parser.add_argument("--record", action="store_true", help="append the numbers to bench/results")
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None, results: Path = RESULTS) -> int:
 
 
 def run_suite(suite: str, settings: Settings, ceilings: Ceilings) -> tuple[list[Row], list[Exception]]:
-    """What was measured; and why a case was not, which does not keep the others from it."""
+    """Measure all cases of a suite; return the rows, and the errors of cases that failed, which stop no other."""
     module = import_module(f"bench.suite_{suite}")
     cases: list[Case] = module.cases(settings)
     stamp = {
@@ -152,7 +153,7 @@ def _rows(stamp: Row, case: Case, work: Work, measured: Sequence[Measurement]) -
 
 
 def builds(suite: str) -> list[Row]:
-    """What the compiler makes of the suite's kernels; in a process of its own, whatever this one does with Triton."""
+    """Compile the suite's kernels, in a process of its own, whatever this one does with Triton."""
     if not hasattr(import_module(f"bench.suite_{suite}"), "launches"):
         return []
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -161,21 +162,8 @@ def builds(suite: str) -> list[Row]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def machine(device: torch.device) -> Row:
-    gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
-        "driver": _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else "",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "commit": _answer("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }
-
-
 def digest(suite: str) -> str:
-    """Of the sources under test and of the suite, where their alternatives are written."""
+    """Digest the sources under test and the suite, where their alternatives are written."""
     content = blake2b(digest_size=8)
     for pattern in patterns(suite):
         files = sorted(ROOT.glob(pattern))
@@ -187,10 +175,12 @@ def digest(suite: str) -> str:
 
 
 def patterns(suite: str) -> tuple[str, ...]:
+    """Return the patterns of the suite's source files."""
     return (*import_module(f"bench.suite_{suite}").SOURCES, f"bench/suite_{suite}.py", "bench/timing.py")
 
 
 def record(rows: Sequence[Row], results: Path) -> None:
+    """Append rows to the records of their device."""
     folder = results / re.sub(r"[^a-z0-9]+", "-", rows[0]["device"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{rows[0]['suite']}.jsonl", "a", encoding="utf-8") as lines:
@@ -198,7 +188,7 @@ def record(rows: Sequence[Row], results: Path) -> None:
 
 
 def report(results: Path) -> str:
-    """All records, device by device; a record is stale once a source of its suite has changed."""
+    """Render all records, device by device; a record is stale once a source of its suite has changed."""
     current = {suite: digest(suite) for suite in SUITES}
     columns = COLUMNS | {
         "torch": lambda row: row["torch"],
@@ -214,7 +204,7 @@ def report(results: Path) -> str:
 
 
 def table(rows: Iterable[Row], columns: Mapping[str, Callable[[Row], str]]) -> str:
-    """Markdown, aligned to be read as it is."""
+    """Render rows in Markdown, aligned to be read as it is."""
     cells = [list(columns), *([column(row) for column in columns.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
@@ -223,28 +213,6 @@ def table(rows: Iterable[Row], columns: Mapping[str, Callable[[Row], str]]) -> s
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return found[1].strip() if found else f"{platform.system()} {platform.machine()} CPU"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def _answer(*command: str) -> str:
-    """The first line a program prints, empty if it cannot."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip().split("\n")[0]
 
 
 if __name__ == "__main__":

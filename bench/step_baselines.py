@@ -1,4 +1,4 @@
-"""What `suite_step` compares with: the published model and step, written anew from what they compute, and a plain one.
+"""Baselines of `suite_step`: the published model and step, written anew from what they compute, and a plain one.
 
 The published: every stream by itself, queries, keys and values permuted apart, a softmax between two products, keys and
 values of every token projected in the fusion, a convolution of one weight per channel, images channel by channel. Six
@@ -38,7 +38,7 @@ FIRST_SCALE = 2.0**10  # of the loss; from torch's 2^16 on, some first steps are
 
 
 def as_published(model: nn.Module) -> nn.Module:
-    """The same modules and weights, whose parts now compute as published."""
+    """Return a model of the same modules and weights, whose parts compute as published."""
     forwards: dict[type[nn.Module], Callable[..., Any]]
     forwards = {LRU: _refine, SelfAttention: _attend, HTMLayer: _exchange}
     for module in model.modules():
@@ -86,6 +86,7 @@ def _fuse(unit: MFU, cls: Tensor, tokens: Tensor) -> Tensor:
 
 
 def published_loss(outputs: Outputs, persons: Tensor) -> LossParts:
+    """Compute the losses as published."""
     identity = torch.stack([_smoothed(logits, persons) for logits in outputs.logits])
     triplet = triplets(outputs.features, persons)
     return LossParts(identity.sum() + triplet.sum(), identity, triplet, identity.new_zeros(()))
@@ -99,7 +100,7 @@ def _smoothed(logits: Tensor, persons: Tensor) -> Tensor:
 
 
 def published_optimizer(model: nn.Module, solver: SolverConfig) -> torch.optim.Optimizer:
-    """As it is in the first epoch."""
+    """Make the published optimiser as it is in the first epoch."""
     groups = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -109,11 +110,12 @@ def published_optimizer(model: nn.Module, solver: SolverConfig) -> torch.optim.O
 
 
 def published_autocast(device: torch.device, exact: bool = False) -> torch.autocast:
+    """Return the autocast of the published loop, or none where it must be exact."""
     return torch.autocast(device.type, dtype=torch.float16, enabled=device.type == "cuda" and not exact)
 
 
 def published_step(model: nn.Module, batch: Batch, solver: SolverConfig) -> Callable[[bool], list[Tensor]]:
-    """A step of the published loop, exact or as fast as it is; it answers its losses (2 * heads,) and all weights."""
+    """Make a step of the published loop, exact or as it is; it returns its losses (2 * heads,) and all weights."""
     device = batch.images.device
     images = batch.images.contiguous()
     optimizer = published_optimizer(model, solver)
@@ -142,7 +144,7 @@ def published_step(model: nn.Module, batch: Batch, solver: SolverConfig) -> Call
 def plain_step(
     model: nn.Module, batch: Batch, solver: SolverConfig, compiled: Callable[..., Any] = lambda model: model
 ) -> Callable[[bool], list[Tensor]]:
-    """The plain step with the same answer."""
+    """Make a plain step that returns the same."""
     device = batch.images.device
     forward = compiled(model)
     groups: dict[tuple[float, float], list[Tensor]] = {}
@@ -150,8 +152,12 @@ def plain_step(
         if p.requires_grad:
             groups.setdefault(group_of(name, solver), []).append(p)
     optimizer = torch.optim.SGD(
-        [{"params": parameters, "lr": learning_rate(1, rate, solver), "weight_decay": decay}
-         for (rate, decay), parameters in groups.items()], momentum=solver.MOMENTUM)  # fmt: skip
+        [
+            {"params": parameters, "lr": learning_rate(1, rate, solver), "weight_decay": decay}
+            for (rate, decay), parameters in groups.items()
+        ],
+        momentum=solver.MOMENTUM,
+    )
     draws = Draws(model, solver.SEED, torch.arange(len(batch.images), device=device))
 
     def step(exact: bool) -> list[Tensor]:

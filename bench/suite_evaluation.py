@@ -1,4 +1,4 @@
-"""From features to mAP, mINP and CMC, to neighbours and to re-ranked distances, against the ways others do it.
+"""Evaluation: features to mAP, mINP and CMC, to neighbours and to re-ranked distances, against other ways.
 
 Q queries, G gallery, D width. What is not installed of faiss and torchmetrics is left out.
 """
@@ -56,6 +56,7 @@ Measures = Callable[..., Tensor]
 
 
 def cases(settings: Settings) -> list[Case]:
+    """List the cases of a size."""
     found = []
     for sizes in SIZES[settings.size][: None if settings.device.type == "cuda" else 1]:  # MSMT17 is for a GPU
         shape = "Q {}, G {}, D {}, float32".format(*sizes)
@@ -77,7 +78,7 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def launches() -> Iterator[Launch]:
-    """The kernels of exact ranks at the size of MSMT17, the gallery a span at a time."""
+    """List the launches of exact ranks at the size of MSMT17, the gallery a span at a time."""
     queries, gallery, width, *_ = SIZES["full"][-1]
     images, span, tile = queries + gallery, int8.SPAN, int8.TILE
     features = torch.zeros(tile, width)
@@ -97,11 +98,25 @@ def launches() -> Iterator[Launch]:
     def append() -> None:
         neighbours.append_piece(split, split, features[:, 0], piece, 0, found, NEAREST)
 
-    yield Launch("lengths", lambda: exact.lengths(features, 1), 4 * images * width, 2 * images * width)
-    yield Launch("integers", lambda: int8.split_rows(rows, index), 7 * images * width, 12 * images * width)
-    yield Launch("counts of one span", count, 3 * (queries + span) * width, 12 * queries * span * width)
+    yield Launch("lengths", lambda: exact.lengths(features, 1), 4 * images * width, 2 * images * width, images // tile)
+    yield Launch(
+        "integers", lambda: int8.split_rows(rows, index), 7 * images * width, 12 * images * width, images // tile
+    )
+    yield Launch(
+        "counts of one span",
+        count,
+        3 * (queries + span) * width,
+        12 * queries * span * width,
+        queries * span // tile**2,
+    )
     queries = neighbours.QUERIES
-    yield Launch("nearest of one span", append, 3 * (queries + span) * width, 12 * queries * span * width)
+    yield Launch(
+        "nearest of one span",
+        append,
+        3 * (queries + span) * width,
+        12 * queries * span * width,
+        queries * span // tile**2,
+    )
     yield Launch(
         "fp64 distance of a pair", lambda: exact.exact_distances(rows, rows, index, index), 8 * width, 5 * width
     )
@@ -110,18 +125,23 @@ def launches() -> Iterator[Launch]:
 def made_up(
     settings: Settings, queries: int, gallery: int, width: int, persons: int, cameras: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Unit features of query and gallery, persons about as far apart as a trained model puts them; persons, cameras."""
-    ids = [torch.randint(top, (count,), device=settings.device)
-           for top in (persons, cameras) for count in (queries, gallery)]  # fmt: skip
+    """Make up unit features with persons about as far apart as a trained model puts them, their persons and cameras."""
+    ids = [
+        torch.randint(top, (count,), device=settings.device)
+        for top in (persons, cameras)
+        for count in (queries, gallery)
+    ]
     centers = torch.randn(persons, width, device=settings.device)
     noise = 0.5 * width**0.25
-    features = [F.normalize(torch.randn(len(p), width, device=settings.device).mul_(noise).add_(centers[p]))
-                for p in ids[:2]]  # fmt: skip
+    features = [
+        F.normalize(torch.randn(len(p), width, device=settings.device).mul_(noise).add_(centers[p])) for p in ids[:2]
+    ]
     return features, ids
 
 
 @contextmanager
 def evaluation(settings: Settings, *sizes: int) -> Iterator[Work]:
+    """Prepare an evaluation and its alternatives."""
     features, ids = made_up(settings, *sizes)
     measures: dict[str, Measures] = {"ours": ours, "argsort in torch, blocks": sorted_blocks}
     if settings.device.type == "cuda":
@@ -137,7 +157,7 @@ def evaluation(settings: Settings, *sizes: int) -> Iterator[Work]:
 
 @contextmanager
 def beside_product(settings: Settings, *sizes: int) -> Iterator[Work]:
-    """Two providers that do not do the same: how much of the whole is its product. Without structure, worst, too."""
+    """Prepare ranks and the product alone, which is a part of them, also for features without any structure."""
     features, ids = made_up(settings, *sizes)
     noise = [F.normalize(torch.randn_like(x)) for x in features]
     providers: dict[str, Callable[[], object]] = {
@@ -151,7 +171,7 @@ def beside_product(settings: Settings, *sizes: int) -> Iterator[Work]:
 
 @contextmanager
 def reranking_beside(settings: Settings, *sizes: int) -> Iterator[Work]:
-    """The product of all pairs of images, each pair once."""
+    """Prepare re-ranking and the product of all pairs of images alone, each pair once."""
     (query, gallery), _ = made_up(settings, *sizes)
     images = torch.cat([query, gallery])
     half = images[: len(images) // 2]  # as many pairs
@@ -164,6 +184,7 @@ def reranking_beside(settings: Settings, *sizes: int) -> Iterator[Work]:
 
 @contextmanager
 def mean_precision(settings: Settings, *sizes: int) -> Iterator[Work]:
+    """Prepare the mAP alone and its alternatives."""
     features, ids = made_up(settings, *sizes)
 
     def torchmetrics() -> Tensor:
@@ -183,20 +204,21 @@ def mean_precision(settings: Settings, *sizes: int) -> Iterator[Work]:
 
 @contextmanager
 def nearest(settings: Settings, *sizes: int) -> Iterator[Work]:
+    """Prepare the search of nearest neighbours and its alternatives."""
     (query, gallery), _ = made_up(settings, *sizes)
 
     def topk() -> Tensor:
         squares = gallery.square().sum(1)
-        blocks = [torch.addmm(squares, x, gallery.T, alpha=-2).topk(NEAREST, largest=False)
-                  for x in query.split(BLOCK)]  # fmt: skip
+        blocks = [torch.addmm(squares, x, gallery.T, alpha=-2).topk(NEAREST, largest=False) for x in query.split(BLOCK)]
         return torch.cat([values for values, _ in blocks]) + query.square().sum(1, keepdim=True)
 
     def faiss() -> Tensor:
         return torch.from_numpy(import_module("faiss").knn(query.cpu().numpy(), gallery.cpu().numpy(), NEAREST)[0])
 
     providers: dict[str, Callable[[], Tensor]] = {
-        "ours": lambda: nearest_neighbours(query, gallery, NEAREST).distances, "topk in torch, blocks": topk,
-    }  # fmt: skip
+        "ours": lambda: nearest_neighbours(query, gallery, NEAREST).distances,
+        "topk in torch, blocks": topk,
+    }
     if find_spec("faiss") and len(query) * len(gallery) <= HOST_PAIRS:
         providers["faiss, on the CPU"] = faiss
     moved = query.nbytes + gallery.nbytes
@@ -206,6 +228,7 @@ def nearest(settings: Settings, *sizes: int) -> Iterator[Work]:
 
 @contextmanager
 def reranking(settings: Settings, *sizes: int) -> Iterator[Work]:
+    """Prepare k-reciprocal re-ranking and its alternatives."""
     (query, gallery), _ = made_up(settings, *sizes)
     providers = {
         "ours": lambda: k_reciprocal(query, gallery, K1, K2, WEIGHT, metric="euclidean").cpu(),
@@ -215,6 +238,6 @@ def reranking(settings: Settings, *sizes: int) -> Iterator[Work]:
 
 
 def ours(*arguments: Tensor) -> Tensor:
-    """mAP, mINP, CMC at 1 to MAX_RANK."""
+    """Evaluate by our ranks: mAP, mINP, CMC at 1 to MAX_RANK."""
     ranking = rank(*arguments, metric="euclidean", max_rank=MAX_RANK)
     return torch.tensor([ranking.mAP, ranking.mINP, *ranking.cmc.tolist()])

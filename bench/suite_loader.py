@@ -53,7 +53,7 @@ GREY_LEVELS = 4 / 255 / STD[0]  # what two decoders and two bicubic filters may 
 
 
 def launches() -> Iterator[Launch]:
-    """The augmentation of a batch; its first dimension is smaller than the real one."""
+    """List the launch of a batch's augmentation; its first dimension is smaller than the real one."""
     _, _, batch, (height, width), _ = SIZES["full"]
     images = torch.zeros(1, height, width, 3, dtype=torch.uint8)
     flip, shift, erase = torch.zeros(1, dtype=torch.bool), torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 4).int()
@@ -62,17 +62,22 @@ def launches() -> Iterator[Launch]:
         yield Launch(
             f"augmentation, B {batch}, {height} x {width}, {str(dtype).removeprefix('torch.')}",
             partial(call, dtype=dtype),
-            batch * images.numel() * (1 + dtype.itemsize), 0.0,
-        )  # fmt: skip
+            batch * images.numel() * (1 + dtype.itemsize),
+            0.0,
+            batch,
+        )
 
 
 def cases(settings: Settings) -> list[Case]:
+    """List the cases of a size."""
     persons, images, batch, size, workers = SIZES[settings.size]
     shape = f"B {batch}, {size[0]} x {size[1]}, float32"
     count = persons * 2 * images // batch * batch
     decoders = ["torchvision", *(["dali"] if _has_dali() else [])]
     places = ["host", *(["device"] if settings.device.type == "cuda" else [])]
     ways = [(f"files by {decoder}", {"BACKEND": decoder, "CACHE": "none"}) for decoder in decoders]
+    if "dali" in decoders:
+        ways.append(("files augmented by dali", {"BACKEND": "dali", "AUGMENT": "dali", "CACHE": "none"}))
     ways += [(f"images in {place} memory", {"CACHE": place}) for place in places]
     epochs = [
         Case(f"an epoch, {name}, {n} workers", f"{count}, {shape}", partial(epoch, settings, _loading(n, **how)))
@@ -88,6 +93,7 @@ def _loading(workers: int, **how: str) -> DataloaderConfig:
 
 @contextmanager
 def augmentation(settings: Settings) -> Iterator[Work]:
+    """Prepare the augmentation of a batch and its alternatives."""
     with _train_loader(settings, _loading(0)) as (train, _):
         plan, count = train.plan(EPOCH), train.batch_size
         height, width = SIZES[settings.size][3]
@@ -110,6 +116,7 @@ def augmentation(settings: Settings) -> Iterator[Work]:
 
 @contextmanager
 def epoch(settings: Settings, loading: DataloaderConfig) -> Iterator[Work]:
+    """Prepare an epoch of batches from files and its alternatives."""
     workers = loading.NUM_WORKERS
     with _train_loader(settings, loading) as (train, records):
         plan, size = train.plan(EPOCH), SIZES[settings.size][3]
@@ -140,7 +147,7 @@ def epoch(settings: Settings, loading: DataloaderConfig) -> Iterator[Work]:
 
 
 class FilesDataset(Dataset[Tensor]):
-    """The usual transforms, image by image in the workers, with the plan's parameters in place of fresh draws."""
+    """Dataset of the usual transforms, image by image in the workers, with the parameters of the plan."""
 
     def __init__(
         self,
@@ -158,20 +165,23 @@ class FilesDataset(Dataset[Tensor]):
 
 
 def by_pillow(path: str) -> Image.Image:
+    """Decode a file by Pillow."""
     with Image.open(path) as file:
         return file.convert("RGB")
 
 
 def by_torchvision(path: str) -> Tensor:
+    """Decode a file by torchvision."""
     return decode_image(path, ImageReadMode.RGB)
 
 
 def delivered(loader: DataLoader, device: torch.device) -> Tensor:
+    """Return the last batch of a loader, on the device."""
     return last(images.to(device, non_blocking=True) for images in loader)
 
 
 def transformed(image: Image.Image | Tensor, plan: EpochPlan, position: int) -> Tensor:
-    """Flip, pad, crop, to float, normalise, erase."""
+    """Flip, pad, crop, convert to float, normalise and erase an image."""
     height, width = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[1:]
     if plan.flip[position]:
         image = T.hflip(image)
@@ -186,12 +196,12 @@ def transformed(image: Image.Image | Tensor, plan: EpochPlan, position: int) -> 
 
 
 def last(batches: Iterable[Tensor]) -> Tensor:
-    """Of all batches, which come and go one by one as in training."""
+    """Return the last of all batches, which come and go one by one as in training."""
     return deque(batches, maxlen=1)[0]
 
 
 def visible(images: Tensor, erase: np.ndarray) -> list[Tensor]:
-    """The images with the erased rectangles blank: their noise is another one in every implementation."""
+    """Blank the erased rectangles: their noise differs between implementations."""
     images = images.clone()
     for image, (top, left, rows, cols) in zip(images, erase.tolist()):
         image[:, top : top + rows, left : left + cols] = 0

@@ -35,7 +35,7 @@ from fusionreid.engine.distributed import parallel
 from fusionreid.engine.distributed.compile import compile_parts
 from fusionreid.engine.monitoring.mfu import GFLOP_PER_IMAGE
 from fusionreid.engine.training.optim import Optimizer
-from fusionreid.engine.training.trainer import Run
+from fusionreid.engine.training.trainer import Trainer
 from fusionreid.losses import reid_loss
 
 SOURCES = (
@@ -66,6 +66,7 @@ Step = Callable[[bool], list[Tensor]]  # exact or not
 
 
 def cases(settings: Settings) -> list[Case]:
+    """List the cases of a size."""
     images, (height, width), model = SIZES[settings.size]
     name = f"{model['RES_NAME']} and {model['TRANSFORMER_TYPE']}" if model else "ResNet-50 and ViT-B/16, stride 12"
     shape = f"{name}, B {images}, {height} x {width}, {_precision(settings)}"
@@ -81,25 +82,27 @@ def cases(settings: Settings) -> list[Case]:
 
 @contextmanager
 def training_step(settings: Settings) -> Iterator[Work]:
-    with _run(settings) as (run, batch):
-        precision = run.cfg.SOLVER.PRECISION
+    """Prepare a training step and its alternatives."""
+    with _trainer(settings) as (trainer, batch):
+        precision = trainer.cfg.SOLVER.PRECISION
 
         def ours(exact: bool) -> list[Tensor]:
-            solver = run.cfg.SOLVER.model_copy(update={"PRECISION": "fp32" if exact else precision})
-            run.train_step.cfg = run.cfg.model_copy(update={"SOLVER": solver})
-            run.train_step.clear()
-            run.train_step(batch, number=0)
-            weights = (parallel.local_shard(p.detach()) for p in run.model.parameters())
-            return [run.train_step.sums[: 2 * len(run.train_step.heads)], *weights]
+            solver = trainer.cfg.SOLVER.model_copy(update={"PRECISION": "fp32" if exact else precision})
+            trainer.train_step.cfg = trainer.cfg.model_copy(update={"SOLVER": solver})
+            trainer.train_step.clear()
+            trainer.train_step(batch, number=0)
+            weights = (parallel.local_shard(p.detach()) for p in trainer.model.parameters())
+            report = trainer.train_step.read()
+            return [torch.tensor([*report.identity, *report.triplet]), *weights]
 
         steps: dict[str, Step] = {
             "ours": ours,
-            "as published": published_step(as_published(_copy(run)), batch, run.cfg.SOLVER),
-            "plain": plain_step(_copy(run), batch, run.cfg.SOLVER),
+            "as published": published_step(as_published(_copy(trainer)), batch, trainer.cfg.SOLVER),
+            "plain": plain_step(_copy(trainer), batch, trainer.cfg.SOLVER),
         }
         if settings.compile:
-            steps["plain, compiled"] = plain_step(_copy(run), batch, run.cfg.SOLVER, torch.compile)
-        start = _flat(parallel.local_shard(p.detach()) for p in run.model.parameters())
+            steps["plain, compiled"] = plain_step(_copy(trainer), batch, trainer.cfg.SOLVER, torch.compile)
+        start = _flat(parallel.local_shard(p.detach()) for p in trainer.model.parameters())
         work = _work(
             settings, first_in_fp32(settings, steps), 1.0, lambda result: [result[0], _flat(result[1:]) - start]
         )
@@ -108,9 +111,9 @@ def training_step(settings: Settings) -> Iterator[Work]:
 
 @contextmanager
 def embedding(settings: Settings) -> Iterator[Work]:
-    """Without the neck, of all heads."""
-    with _run(settings) as (run, batch), parallel.autocast(run.cfg.SOLVER.PRECISION, settings.device):
-        ours, theirs, images = run.model.eval(), as_published(_copy(run)).eval(), batch.images.contiguous()
+    """Prepare the test vectors of a batch, without the neck, of all heads."""
+    with _trainer(settings) as (trainer, batch), parallel.autocast(trainer.cfg.SOLVER.PRECISION, settings.device):
+        ours, theirs, images = trainer.model.eval(), as_published(_copy(trainer)).eval(), batch.images.contiguous()
 
         @torch.no_grad()
         def published() -> list[Tensor]:
@@ -127,10 +130,11 @@ def embedding(settings: Settings) -> Iterator[Work]:
 
 @contextmanager
 def one_part(settings: Settings, part: str) -> Iterator[Work]:
-    with _run(settings) as (run, batch):
-        ours, theirs = _copy(run), as_published(_copy(run))
-        compile_parts(ours, run.cfg.PARALLEL, settings.device)
-        device, precision = settings.device, run.cfg.SOLVER.PRECISION
+    """Prepare one part of the model and its alternative."""
+    with _trainer(settings) as (trainer, batch):
+        ours, theirs = _copy(trainer), as_published(_copy(trainer))
+        compile_parts(ours, trainer.cfg.PARALLEL, settings.device)
+        device, precision = settings.device, trainer.cfg.SOLVER.PRECISION
 
         def ours_in(exact: bool) -> torch.autocast:
             return parallel.autocast("fp32" if exact else precision, device)
@@ -147,7 +151,7 @@ def one_part(settings: Settings, part: str) -> Iterator[Work]:
 
 
 def first_in_fp32(settings: Settings, steps: Mapping[str, Step]) -> dict[str, Call]:
-    """Calls whose first time, which is compared, is exact: batch norms of an untrained model magnify any rounding."""
+    """Make calls whose first one, which is compared, is exact: untrained batch norms magnify any rounding."""
 
     def begin(step: Step) -> Call:
         first = iter([True])
@@ -165,9 +169,11 @@ def first_in_fp32(settings: Settings, steps: Mapping[str, Step]) -> dict[str, Ca
 
 @contextmanager
 def optimiser(settings: Settings) -> Iterator[Work]:
-    with _run(settings) as (run, _):
-        ours, theirs = _copy(run), _copy(run)
-        fused, plain = Optimizer(ours, run.cfg.SOLVER, settings.device), published_optimizer(theirs, run.cfg.SOLVER)
+    """Prepare the optimiser's step and its alternative."""
+    with _trainer(settings) as (trainer, _):
+        ours, theirs = _copy(trainer), _copy(trainer)
+        solver = trainer.cfg.SOLVER
+        fused, plain = Optimizer(ours, solver, settings.device), published_optimizer(theirs, solver)
         fused.set_epoch(1)
         gradients = [torch.randn_like(p) for p in ours.parameters()]
         fine = torch.zeros((), dtype=torch.bool, device=settings.device)
@@ -178,19 +184,23 @@ def optimiser(settings: Settings) -> Iterator[Work]:
             update()
             return [p.detach() for p in list(model.parameters())[:COMPARED]]
 
-        yield _work(settings, {
-            "ours": lambda: step(ours, lambda: fused.step(fine)), "as published": lambda: step(theirs, plain.step),
-        })  # fmt: skip
+        yield _work(
+            settings,
+            {
+                "ours": lambda: step(ours, lambda: fused.step(fine)),
+                "as published": lambda: step(theirs, plain.step),
+            },
+        )
 
 
 @contextmanager
 def data(settings: Settings) -> Iterator[Work]:
-    """Ours are resident by then, as in every epoch but the first; the others come from files, by one process."""
-    with _run(settings) as (run, batch):
-        plan, size, places = run.loader.plan(1), SIZES[settings.size][1], range(len(batch.images))
-        files = FilesDataset(run.split.train, plan, size, by_pillow)
+    """Prepare a batch: ours are cached images, as in every epoch but the first; others read files in one process."""
+    with _trainer(settings) as (trainer, batch):
+        plan, size, places = trainer.loader.plan(1), SIZES[settings.size][1], range(len(batch.images))
+        files = FilesDataset(trainer.split.train, plan, size, by_pillow)
         providers = {
-            "ours": lambda: last(loaded.images for loaded in run.loader.batches(1)),
+            "ours": lambda: last(loaded.images for loaded in trainer.loader.batches(1)),
             "Pillow and torchvision": lambda: default_collate([files[i] for i in places]).to(settings.device),
         }
         compared = partial(visible, erase=plan.erase)
@@ -208,31 +218,29 @@ def _work(
 
 
 @contextmanager
-def _run(settings: Settings) -> Iterator[tuple[Run, Batch]]:
-    """A run before its first step, and a batch for it."""
+def _trainer(settings: Settings) -> Iterator[tuple[Trainer, Batch]]:
+    """Yield a trainer before its first step, and a batch for it."""
     images, (height, width), _ = SIZES[settings.size]
     is_first = not torch.distributed.is_initialized()
     with TemporaryDirectory() as folder:
         with redirect_stdout(StringIO()):
-            run = Run(_config(settings, folder))
+            trainer = Trainer(_config(settings, folder))
         places = torch.arange(images, device=settings.device)
         pixels = torch.randn(images, 3, height, width, device=settings.device)
         try:
-            run.model.train()
-            run.optimizer.set_epoch(1)
-            yield run, Batch(pixels.to(memory_format=torch.channels_last), places // INSTANCES, places % 2, places)
+            trainer.model.train()
+            trainer.optimizer.set_epoch(1)
+            yield trainer, Batch(pixels.to(memory_format=torch.channels_last), places // INSTANCES, places % 2, places)
         finally:
-            for part in (run.loader, run.metrics, run.stop, run.lock):
-                if part is not None:
-                    part.close()
+            trainer.close()
             if is_first:
                 torch.distributed.destroy_process_group()
 
 
-def _copy(run: Run) -> FusionReID:
-    """The run's model with its weights of now, neither sharded nor compiled."""
-    model = build(run.cfg, run.split.num_persons, run.split.num_cameras).to(run.ranks.device)
-    model.load_state_dict({name: parallel.full_tensor(t) for name, t in run.model.state_dict().items()})
+def _copy(trainer: Trainer) -> FusionReID:
+    """Return the trainer's model with its weights of now, neither sharded nor compiled."""
+    model = build(trainer.cfg, trainer.split.num_persons, trainer.split.num_cameras).to(trainer.ranks.device)
+    model.load_state_dict({name: parallel.full_tensor(t) for name, t in trainer.model.state_dict().items()})
     return model.train()
 
 

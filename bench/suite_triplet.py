@@ -29,20 +29,27 @@ Loss = Callable[[Sequence[Tensor], Tensor], Tensor]
 
 
 def cases(settings: Settings) -> list[Case]:
+    """List the cases of a size."""
     return [
-        Case("triplet, forward and backward", f"N {images}, D {' '.join(map(str, widths))}, float32",
-             partial(triplet, settings, images, widths))
+        Case(
+            "triplet, forward and backward",
+            f"N {images}, D {' '.join(map(str, widths))}, float32",
+            partial(triplet, settings, images, widths),
+        )
         for images, widths in SIZES[settings.size]
-    ]  # fmt: skip
+    ]
 
 
 def launches() -> Iterator[Launch]:
-    """The losses of a training batch, in the types that heads have under mixed precision too, and large batches."""
+    """List the launches of a training batch's losses, in mixed precision too, and of large batches."""
     fp32, bf16 = torch.float32, torch.bfloat16
     mixed = (fp32, bf16, fp32, fp32, bf16, bf16)
     for images, widths, types in (
-        (128, HEADS, (fp32,) * 6), (128, HEADS, mixed), (4096, HEADS[:1], (fp32,)), (4096, HEADS[:1], (bf16,)),
-    ):  # fmt: skip
+        (128, HEADS, (fp32,) * 6),
+        (128, HEADS, mixed),
+        (4096, HEADS[:1], (fp32,)),
+        (4096, HEADS[:1], (bf16,)),
+    ):
         x = [torch.zeros(images, width, dtype=dtype) for width, dtype in zip(widths, types)]
         persons = torch.arange(images) // INSTANCES
         name = f"triplet, N {images}, {'mixed' if types is mixed else str(types[0]).removeprefix('torch.')}"
@@ -72,11 +79,12 @@ def _entropy_forward(z: list[Tensor], persons: Tensor) -> object:
 
 def _entropy_backward(z: list[Tensor], persons: Tensor) -> object:
     lse = torch.zeros(2, len(z), len(persons))
-    return torch.ops.fusionreid.smoothed_cross_entropy_backward(lse[0], z, persons, lse, 0.1)
+    return torch.ops.fusionreid.smoothed_cross_entropy_backward(lse[0, :, 0], z, persons, lse, 0.1)
 
 
 @contextmanager
 def triplet(settings: Settings, images: int, widths: tuple[int, ...]) -> Iterator[Work]:
+    """Prepare the triplet loss and its alternatives."""
     persons = torch.arange(images, device=settings.device) // INSTANCES
     features = [planted(images, width).to(settings.device).requires_grad_() for width in widths]
     losses: dict[str, Loss] = {
@@ -100,7 +108,7 @@ def triplet(settings: Settings, images: int, widths: tuple[int, ...]) -> Iterato
 
 
 def planted(images: int, width: int) -> Tensor:
-    """Features whose hardest pairs no rounding can exchange: persons in twos, image by image alike, two outliers each.
+    """Make features whose hardest pairs no rounding exchanges: persons in twos, images alike, two outliers each.
 
     Otherwise one of thousands of anchors finds another pair in another order of summation, with another gradient.
     """
@@ -113,7 +121,7 @@ def planted(images: int, width: int) -> Tensor:
 
 
 def published(features: Sequence[Tensor], persons: Tensor) -> Tensor:
-    """As in the code that reid systems share: the mined distances are cut from the matrix by boolean indices."""
+    """Compute the loss as ReID projects do: boolean indices cut the mined distances from the matrix."""
     losses = []
     for x in features:
         count = len(x)
@@ -127,7 +135,7 @@ def published(features: Sequence[Tensor], persons: Tensor) -> Tensor:
 
 
 def dense(features: Sequence[Tensor], persons: Tensor) -> Tensor:
-    """The best plain rewrite: no indexing, nothing the host must wait for."""
+    """Compute the loss by the best plain rewrite: no indexing, nothing that the host waits for."""
     same = persons[:, None] == persons
     losses = []
     for x in features:
@@ -139,6 +147,7 @@ def dense(features: Sequence[Tensor], persons: Tensor) -> Tensor:
 
 
 def metric_learning() -> Loss:
+    """Make the loss of pytorch-metric-learning."""
     parts = ("distances", "losses", "miners", "reducers")
     distances, losses, miners, reducers = (import_module(f"pytorch_metric_learning.{part}") for part in parts)
     distance = distances.LpDistance(normalize_embeddings=False)

@@ -1,4 +1,7 @@
-"""Our providers under pytest-benchmark, to compare commits: `pytest bench --benchmark-only --benchmark-compare`."""
+"""Our providers under pytest-benchmark, to compare commits: `pytest bench --benchmark-only --benchmark-compare`.
+
+Small shapes on a CPU, so that all cases take less than three minutes; `bench/run.py` has the sizes of real training.
+"""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -11,10 +14,11 @@ from bench.run import SUITES
 from bench.timing import Case, Settings, check
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SETTINGS = Settings("default" if DEVICE.type == "cuda" else "quick", DEVICE)
 CASES = [
     pytest.param(case, id=f"{suite}: {case.name}, {case.shape}")
     for suite in SUITES
-    for case in import_module(f"bench.suite_{suite}").cases(Settings("default", DEVICE))
+    for case in import_module(f"bench.suite_{suite}").cases(SETTINGS)
 ]
 
 

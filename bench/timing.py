@@ -1,11 +1,10 @@
-"""What a case is, and how its providers are measured: checked against each other first, then in interleaved rounds.
+"""Cases, and how their providers are measured: checked against each other first, then in interleaved rounds.
 
 On a GPU a call is captured as a CUDA graph, if it can be, and its replay is timed between two CUDA events: with a cold
 L2, and once more with what the call itself has left there. On a CPU the clock tells, and the caches hold whatever the
 other providers have left.
 """
 
-import ctypes
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.peak_memory import peak_gib
+
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # largest error relative to the largest value
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 200
 # Before a call the device is kept busy for some 0.3 ms, in which the host enqueues all of it:
@@ -33,13 +34,15 @@ class WrongResultError(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
+    """Size of the cases and the device that they run on."""
+
     size: str  # quick, default or full
     device: torch.device
     compile: bool = False  # also time a compiled version of the plain alternative
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations: what training uses on the device."""
+        """Dtype of activations that training uses on the device."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
 
@@ -58,6 +61,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
+    """One comparison: its name, its sizes and what makes it ready."""
+
     name: str
     shape: str  # sizes and dtype
     setup: Callable[[], AbstractContextManager[Work]]
@@ -65,6 +70,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Measurement:
+    """How long one provider took, and what it needed."""
+
     provider: str
     rounds: int
     median_ms: float
@@ -82,7 +89,7 @@ def measure(case: Case, settings: Settings, seconds: float) -> tuple[Work, list[
     # A backward pass runs where its forward pass ran, and no graph can be captured on the default stream.
     with torch.cuda.stream(torch.cuda.Stream()) if gpu else nullcontext(), case.setup() as work:
         work = check(case.name, work)
-        peaks = {name: _peak_gib(call, settings.device) for name, call in work.providers.items()}
+        peaks = {name: peak_gib(call, settings.device) for name, call in work.providers.items()}
         replays = _replays(work) if gpu else {}
         calls = {**work.providers, **replays}
         cold, warm = clock(settings.device), clock(settings.device, flush=False)
@@ -106,7 +113,7 @@ def measure(case: Case, settings: Settings, seconds: float) -> tuple[Work, list[
 
 
 def check(case: str, work: Work) -> Work:
-    """Every result against the first one's: same shapes, all finite, equal within the tolerance.
+    """Check every result against the first one's: same shapes, all finite, equal within the tolerance.
 
     An alternative that cannot run here, for want of memory or of a kernel, is named and left out.
     """
@@ -148,7 +155,7 @@ def _measurement(name: str, times: list[float], warm: list[float], peak_gib: flo
 
 
 def clock(device: torch.device, *, flush: bool = True) -> Callable[[Callable[[], object]], float]:
-    """A function that tells how many ms a call takes; on a GPU `flush` empties the L2 first."""
+    """Make a function that tells how many ms a call takes; on a GPU `flush` empties the L2 first."""
     if device.type != "cuda":
         return _cpu_clock
     if flush:
@@ -216,31 +223,3 @@ def _waits(call: Callable[[], object]) -> bool:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return False
-
-
-def _peak_gib(call: Callable[[], object], device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return _resident_peak_gib(call)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
-
-
-def _resident_peak_gib(call: Callable[[], object]) -> float | None:
-    """By how much the resident set grew at most, once the C library has given back what it kept; on Linux only."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    except (AttributeError, OSError):
-        return None
-    before = _resident_kib("VmRSS")
-    call()
-    return (_resident_kib("VmHWM") - before) / 2**20
-
-
-def _resident_kib(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))

@@ -14,7 +14,7 @@ READERS = {  # name -> where its reader is
     "msmt17": "fusionreid.dataloading.datasets.msmt17:read",
     "folder": "fusionreid.dataloading.datasets.folder:read",
     "market": "fusionreid.dataloading.datasets.market1501:read_own",
-    "csv": "fusionreid.dataloading.datasets.folder:read_csv",
+    "csv": "fusionreid.dataloading.datasets.csv_list:read",
     "synthetic": "fusionreid.dataloading.datasets.synthetic:read",
 }
 
@@ -22,7 +22,7 @@ __all__ = ["DataError", "Record", "Split", "read_split"]
 
 
 def read_split(cfg: DatasetsConfig) -> Split:
-    """Reads the data set DATASETS.NAMES in DATASETS.ROOT_DIR; case and punctuation of the name do not count."""
+    """Read the data set DATASETS.NAMES in DATASETS.ROOT_DIR; case and punctuation of the name do not count."""
     name = re.sub("[^a-z0-9]", "", cfg.NAMES.lower())
     if name not in READERS:
         close = get_close_matches(name, READERS, n=1)

@@ -1,33 +1,74 @@
-"""What is no fault of a data set and yet worth knowing: odd images, and the same image in two of its parts."""
+"""Warnings about a data set: odd images, and the same image in two places."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 
+from fusionreid.dataloading.image_files import open_file
 from fusionreid.dataloading.index import Entry
-from fusionreid.dataloading.records import open_file, shown
+from fusionreid.dataloading.records import PARTS, Record, Split, printable
 
 SLENDER = 10  # a side this many times the other surely shows no person
 NAMED = 10
 BLOCK = 1 << 20  # bytes compared at a time
 
 
-def oddities(entries: Mapping[str, Entry], paths: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """A line for every kind that occurs; `paths` of every part that was read, train, query or gallery."""
+def dataset_warnings(entries: Mapping[str, Entry], split: Split) -> Iterator[str]:
+    """Yield a line for every kind of warning that occurs among the usable files of a split."""
     good = {path: entry for path, entry in entries.items() if not entry.fault}
-    if several := [path for path, entry in good.items() if entry.several]:
-        yield f"{len(several):,} files hold several frames, the first is taken: {_names(several)}"
+    if multi_frame := [path for path, entry in good.items() if entry.multi_frame]:
+        yield f"{len(multi_frame):,} files hold several frames, the first is used: {_names(multi_frame)}"
     if slender := [p for p, e in good.items() if max(e.width, e.height) > SLENDER * min(e.width, e.height)]:
         yield f"{len(slender):,} images are over {SLENDER} times as long as wide or as wide as long: {_names(slender)}"
-    query, gallery, train = ([p for p in paths.get(part, ()) if p in good] for part in ("query", "gallery", "train"))
+    if turned := [path for path, entry in good.items() if entry.turned]:
+        yield (
+            f"{len(turned):,} images ask in their EXIF data to be turned, and are read as they are stored: "
+            f"{_names(turned)}; if they show people lying, store them upright"
+        )
+    parts = {part: [record for record in getattr(split, part) if record.path in good] for part in PARTS}
+    for part, records in parts.items():
+        yield from _within(good, part, records, split.person_names)
+    train, query, gallery = ([record.path for record in parts[part]] for part in PARTS)
     if both := duplicates(good, query, gallery):
         yield f"{len(both):,} gallery images are queries too, byte for byte: {_names(other for _, other in both)}"
     if leaks := duplicates(good, train, [*query, *gallery]):
-        pairs = _names(f"{shown(one)} = {shown(other)}" for one, other in leaks)
+        pairs = _pairs(leaks)
         yield f"{len(leaks):,} test images are in train too, byte for byte, which flatters every measure: {pairs}"
+    yield from few_persons(split)
+
+
+def few_persons(split: Split) -> Iterator[str]:
+    """Yield a line if the test set has too few persons to measure anything."""
+    searched = {record.person for record in split.query}
+    if len(searched | {record.person for record in split.gallery}) == 1:
+        yield "query and gallery show one person only: every match is right, and mAP 100 %, whatever the model does"
+    elif len(searched) == 1:
+        yield "all queries show one person: the results are of that person, and say little about the model"
+
+
+def _within(
+    entries: Mapping[str, Entry], part: str, records: Sequence[Record], names: Mapping[int, str]
+) -> Iterator[str]:
+    """Yield the warnings about equal files in one part, first those of two persons."""
+    person = {record.path: record.person for record in records}
+    first: dict[str, str] = {}
+    equal = []
+    for path in person:
+        other = first.setdefault(entries[path].fingerprint, path)
+        if other != path and _same_bytes(other, path):
+            equal.append((other, path))
+    if two := [pair for pair in equal if person[pair[0]] != person[pair[1]]]:
+        told = ((f"{printable(p)} ({names.get(person[p], person[p])})" for p in pair) for pair in two)
+        yield (
+            f"{len(two):,} images in {part} are given to two persons, byte for byte: "
+            f"{_names(' = '.join(pair) for pair in told)}; take out the wrong ones"
+        )
+    if one := [pair for pair in equal if person[pair[0]] == person[pair[1]]]:
+        yield f"{len(one):,} images in {part} are there more than once, byte for byte: {_pairs(one)}"
 
 
 def duplicates(entries: Mapping[str, Entry], some: Iterable[str], others: Iterable[str]) -> list[tuple[str, str]]:
-    """Pairs of a path of `some` and one of `others` that hold the same bytes."""
+    """Return the pairs of a path of `some` and one of `others` that hold the same bytes."""
     by_fingerprint = {entries[path].fingerprint: path for path in some}
     pairs = ((by_fingerprint.get(entries[path].fingerprint), path) for path in others)
     return [(one, other) for one, other in pairs if one is not None and _same_bytes(one, other)]
@@ -35,6 +76,8 @@ def duplicates(entries: Mapping[str, Entry], some: Iterable[str], others: Iterab
 
 def _same_bytes(one: str, other: str) -> bool:
     try:
+        if os.path.samefile(one, other):
+            return True
         with open_file(one) as a, open_file(other) as b:
             blocks = zip_longest(iter(lambda: a.read(BLOCK), b""), iter(lambda: b.read(BLOCK), b""))
             return all(left == right for left, right in blocks)
@@ -42,6 +85,10 @@ def _same_bytes(one: str, other: str) -> bool:
         return False
 
 
+def _pairs(pairs: Iterable[tuple[str, str]]) -> str:
+    return _names(f"{printable(one)} = {printable(other)}" for one, other in pairs)
+
+
 def _names(names: Iterable[str]) -> str:
-    shown_names = [shown(name) for name in names]
-    return ", ".join(shown_names[:NAMED]) + (", ..." if len(shown_names) > NAMED else "")
+    listed = [printable(name) for name in names]
+    return ", ".join(listed[:NAMED]) + (", ..." if len(listed) > NAMED else "")

@@ -1,4 +1,4 @@
-"""An image file to RGB pixels of the wanted size: torchvision for the JPEGs it reads as Pillow does, else Pillow."""
+"""Image file to RGB pixels of the wanted size: torchvision for the JPEGs that it reads as Pillow does, else Pillow."""
 
 from collections.abc import Sequence
 from itertools import groupby, islice
@@ -10,16 +10,20 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from fusionreid.dataloading.records import DataError, open_image, read_file, shown
+from fusionreid.dataloading.image_files import open_image, read_file
+from fusionreid.dataloading.records import DataError, printable
 
 Filter = Literal["bicubic", "bilinear"]
 BICUBIC: Filter = "bicubic"  # training
 BILINEAR: Filter = "bilinear"  # test
+BATCHES_AHEAD = 2  # decoded in advance: by each worker process, or by DALI
+GREY = 128  # what is left of a JPEG where data are missing
+MORE = bytes(range(1, 128)) * 8
 RUN_BYTES = 1 << 18  # of pixels resized together: one by one takes a sixth longer (one core, 128 x 64 to 256 x 128)
 
 
 def decode(path: str, size: tuple[int, int], resize: Filter) -> Tensor:
-    """(H, W, 3) uint8; size is (H, W) in pixels. The first frame; never turned by EXIF; alpha is dropped."""
+    """Decode to (H, W, 3) uint8, size (H, W) in pixels: the first frame, never turned by EXIF, without alpha."""
     return _resize(_read(path)[None], size, resize)[0]
 
 
@@ -27,7 +31,7 @@ def _read(path: str) -> Tensor:
     try:
         return _decode(read_file(path))
     except Exception as error:  # decoders raise whatever a broken file leads them to
-        raise DataError(f"cannot read the image {shown(path)}: {error}") from error
+        raise DataError(f"cannot read the image {printable(path)}: {error}") from error
 
 
 def _resize(images: Tensor, size: tuple[int, int], resize: Filter) -> Tensor:
@@ -36,15 +40,32 @@ def _resize(images: Tensor, size: tuple[int, int], resize: Filter) -> Tensor:
 
 
 def _decode(data: bytes) -> Tensor:
-    """(H, W, 3) uint8, in the file's own size."""
+    """Decode to (H, W, 3) uint8 in the file's own size."""
     image = open_image(data)
     if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB).permute(1, 2, 0)
+        pixels = _decode_jpeg(data)
+        if (pixels[:, -1, -1] == GREY).all() and _ends_early(data, pixels):
+            raise ValueError(f"its header says {image.width} x {image.height} pixels, its data end before")
+        return pixels.permute(1, 2, 0)
     return torch.from_numpy(np.array(image.convert("RGB")))
 
 
+def _decode_jpeg(data: bytes) -> Tensor:
+    pixels: Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    return pixels
+
+
+def _ends_early(data: bytes, pixels: Tensor) -> bool:
+    """Tell whether the decoder ran out of data before the last pixel, and left the rest grey.
+
+    More data before the end marker then change the picture; else nothing reads them.
+    """
+    end = data.rfind(b"\xff\xd9")
+    return not torch.equal(_decode_jpeg(data[:end] + MORE + data[end:]), pixels)
+
+
 def decode_batch(paths: Sequence[str], size: tuple[int, int], resize: Filter) -> Tensor:
-    """(B, H, W, 3) uint8. Neighbours of one size are resized together."""
+    """Decode to (B, H, W, 3) uint8. Neighbours of one size are resized together."""
     batch, start = torch.empty((len(paths), *size, 3), dtype=torch.uint8), 0
     for shape, same in groupby(map(_read, paths), lambda pixels: pixels.shape):
         while run := list(islice(same, max(1, RUN_BYTES // shape.numel()))):

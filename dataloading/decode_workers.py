@@ -1,12 +1,13 @@
-"""Decoding workers: forked from a server that has loaded torch and torchvision once, for all of them.
+"""Decode workers: forked from a server that has loaded torch and torchvision once, for all of them.
 
-Ctrl-C and a scheduler's stop reach the whole process group. The server and its workers are deaf to both, so that the
+Ctrl-C and a scheduler's stop reach the whole process group. The server and its workers block them, so that the
 main process can finish its step; it ends them, or they end when it dies.
 """
 
 import atexit
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import weakref
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,14 +23,34 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_convert
 
-from fusionreid.dataloading.decode import Filter, decode_batch  # takes seconds to import, once
+from fusionreid.dataloading.decode import BATCHES_AHEAD, Filter, decode_batch  # takes seconds to import, once
 from fusionreid.dataloading.records import DataError
+from fusionreid.errors import ReIDError
 
-BATCHES_AHEAD = 2  # per worker
+SHARED = Path("/dev/shm")
+
+
+class NoRoomForBatchesError(ReIDError, ValueError):
+    """Shared memory has no room for the batches that decode workers pass on through it."""
+
+    exit_code = 6
+
+
+def check_shared_memory(num_workers: int, batch_bytes: int, num_batches: int | None = None) -> str:
+    """Say what the workers need and what there is. NoRoomForBatchesError: with too little they would die or hang."""
+    ahead = num_workers * BATCHES_AHEAD
+    needed = batch_bytes * (ahead if num_batches is None else min(ahead, num_batches))
+    if not needed or not SHARED.is_dir():
+        return "decoding needs no shared memory"
+    free = shutil.disk_usage(SHARED).free
+    text = f"{free * 1e-9:.2f} GB free in {SHARED}, {num_workers} decode workers need {needed * 1e-9:.2f} GB"
+    if free < needed:
+        raise NoRoomForBatchesError(f"{text}: enlarge it (docker run --shm-size), or set DATALOADER.NUM_WORKERS lower")
+    return text
 
 
 class _Files(Dataset[Tensor]):
-    """What a worker needs to know. A bad file comes back as a value: raised there, it would arrive with a traceback."""
+    """Files as a worker sees them. A bad file comes back as a value: raised there, it would arrive with a traceback."""
 
     def __init__(self, paths: Sequence[str], size: tuple[int, int], resize: Filter) -> None:
         self.paths, self.size, self.resize = paths, size, resize
@@ -40,8 +62,8 @@ class _Files(Dataset[Tensor]):
             return error
 
 
-class FilePixels:
-    """Batches of files decoded by worker processes, in order; the same workers serve every call until `close`.
+class DecodeWorkers:
+    """Image source whose worker processes decode the files; the same workers serve every call until `close`.
 
     Shared memory in use: at most BATCHES_AHEAD batches per worker, 12.6 MB per batch of 128 at 256 x 128.
     """
@@ -53,11 +75,11 @@ class FilePixels:
         resize: Filter,
         num_workers: int,
         *,
-        otherwise: Callable[[Sequence[int]], Tensor],
+        fallback: Callable[[Sequence[int]], Tensor],
         pin: bool = False,
     ) -> None:
-        """`otherwise` decodes, in the main process, a batch with a file that cannot be read."""
-        self._otherwise = otherwise
+        """Start no process yet; `fallback` decodes, in the main process, a batch with a file that cannot be read."""
+        self._fallback, self._size = fallback, size
         self._batches: list[np.ndarray] = []  # read by the DataLoader whenever it is iterated anew
         self._loader = DataLoader(
             _Files(paths, size, resize),
@@ -75,10 +97,14 @@ class FilePixels:
         self._closed = False
 
     def __call__(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, None]]:
-        """(B, H, W, 3) uint8 for each batch of positions in `paths`; the next call ends this one."""
+        """Yield (B, H, W, 3) uint8 per batch of positions in `paths`; the next call ends this one."""
         if self._closed:
             raise RuntimeError("the loader is closed")
         self._batches[:] = batches
+        if self._end is None and batches:
+            height, width = self._size
+            largest = 3 * height * width * max(map(len, batches))
+            check_shared_memory(self._loader.num_workers, largest, len(batches))
         with _pipes():
             pixels: Any = iter(self._loader)
         if self._end is None and self._loader.num_workers:
@@ -88,9 +114,10 @@ class FilePixels:
         for batch in batches:
             with _pipes():
                 decoded = next(pixels)
-            yield self._otherwise(batch.tolist()) if isinstance(decoded, DataError) else decoded, None
+            yield self._fallback(batch.tolist()) if isinstance(decoded, DataError) else decoded, None
 
     def close(self) -> None:
+        """End the workers; a later call raises RuntimeError."""
         self._closed = True
         if self._end is not None:
             self._end()
@@ -98,19 +125,22 @@ class FilePixels:
 
 @contextmanager
 def _pipes() -> Iterator[None]:
-    """A worker's that breaks means that it has ended."""
+    """Turn a broken worker pipe into a RuntimeError."""
     try:
         yield
     except (OSError, EOFError) as error:
-        raise RuntimeError("a decoding worker has ended; was it killed, or is memory short?") from error
+        raise RuntimeError("a decode worker has ended: it was killed, or memory ran out") from error
 
 
 def fork_server() -> BaseContext:
-    """Not a fork of the main process, half-alive with its CUDA and threads; nor 5 s of imports for each worker."""
+    """Start the server that forks workers: a fork of the main process would inherit half-alive CUDA and threads.
+
+    It imports torch and torchvision once, 5 s that each worker would spend again.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fusionreid.dataloading.decode_workers"])
     resource_tracker.ensure_running()  # first: starting it lifts the block
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
     try:
         forkserver.ensure_running()  # inherits the block, and passes it on: no instant in which a signal gets through
     finally:
@@ -123,7 +153,7 @@ def _initialize(_worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """The parent is the main process, not the server; torch watches the server, which in turn outlives us."""
+    """End this worker when the main process ends; torch only watches the server, which may outlive it."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

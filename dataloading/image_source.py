@@ -1,4 +1,4 @@
-"""Where pixels come from: files that processes or DALI decode, or images that are resident in memory."""
+"""Sources of pixels: files that worker processes or DALI decode, or images cached in memory."""
 
 import logging
 import os
@@ -6,40 +6,45 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fusionreid.dataloading.bad_images import BadImages
-from fusionreid.dataloading.cache import Filling, Place, ResidentPixels, load_or_fill, place_for
+from fusionreid.dataloading.cache import CachedImages, Filling, Place, load_or_fill, place_for
 from fusionreid.dataloading.config import DataloaderConfig
 from fusionreid.dataloading.decode import Filter, decode
-from fusionreid.dataloading.decode_workers import FilePixels
-from fusionreid.dataloading.fallback_reader import Reader
+from fusionreid.dataloading.decode_workers import DecodeWorkers
+from fusionreid.dataloading.fallback_reader import FallbackReader
 from fusionreid.dataloading.index import index_folder
-from fusionreid.dataloading.records import DataError, Record, shown
+from fusionreid.dataloading.records import DataError, Record, printable
 
-JPEG_SHARE = 0.99  # of the files have a JPEG's name where DALI is worth its while: it hands the others back
+if TYPE_CHECKING:
+    from fusionreid.dataloading.dali import DaliDecoder
+
+JPEG_SHARE = 0.99  # of the files are JPEGs by name where DALI pays: it hands all others back
 Backend = Literal["dali", "torchvision"]
 
 log = logging.getLogger(__name__)
 
 
-class Pixels(Protocol):
-    def __call__(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Images (N, H, W, 3) uint8, and which of them each batch of positions is, (B,) int64; None: all, in order.
+class ImageSource(Protocol):
+    """Turns batches of positions into pixels."""
 
-        Good until the next; a new call ends the one before.
+    def __call__(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield per batch images (N, H, W, 3) uint8 and the rows (B,) int64 that it takes; None: all rows, in order.
+
+        A result is valid until the next one is asked for; a new call ends the one before.
         """
 
     def close(self) -> None:
-        """End all processes and free the memory; a call then raises."""
+        """End all processes and free the memory; a later call raises RuntimeError."""
 
 
-class Images:
-    """The images of one part of a data set at one size: decoded whenever they are asked for, or resident in memory."""
+class ImageSet:
+    """The images of one part of a data set at one size, decoded at every use or cached in memory."""
 
     def __init__(
         self,
@@ -56,31 +61,46 @@ class Images:
         self.part, self.size, self.resize, self.cfg = part, size, resize, cfg
         self.batch_size, self.device = batch_size, device
         self.paths = [record.path for record in records]
-        self.reader = Reader(records, partial(decode, size=size, resize=resize), bad_images)
+        self.reader = FallbackReader(records, partial(decode, size=size, resize=resize), bad_images)
 
-    def decoded(self) -> Pixels:
-        """Every image anew, each time."""
-        paths, size, resize, cfg = self.paths, self.size, self.resize, self.cfg
-        if backend(cfg, paths, self.device) == "torchvision":
-            pin = self.device.type == "cuda"
-            return FilePixels(paths, size, resize, cfg.NUM_WORKERS, otherwise=self.reader, pin=pin)
-        from fusionreid.dataloading.dali import DaliPixels  # installed only where it is wanted
+    def from_files(self) -> ImageSource:
+        """Return a source that decodes every image at every use."""
+        if self._backend() == "torchvision":
+            workers, pin = self.cfg.NUM_WORKERS, self.device.type == "cuda"
+            return DecodeWorkers(self.paths, self.size, self.resize, workers, fallback=self.reader, pin=pin)
+        return self._dali()
 
-        return DaliPixels(
-            paths, size, resize,
-            batch_size=self.batch_size, num_threads=cfg.NUM_WORKERS, device=self.device, otherwise=self.reader,
-        )  # fmt: skip
+    def augmented_by_dali(self, mean: Sequence[float], std: Sequence[float]) -> "DaliDecoder | None":
+        """Return a source that also augments, by DATALOADER.AUGMENT dali; None where DALI does not decode."""
+        chosen = self.cfg.AUGMENT == "dali" and self._backend() == "dali"
+        return self._dali((mean, std)) if chosen else None
 
-    def resident(
-        self, root: str, share: slice = slice(None), *, fill: bool = True
-    ) -> tuple[ResidentPixels | None, str]:
-        """Those of `share` as DATALOADER.CACHE and the room allow, or None; and a line that says which, with sizes.
+    def _backend(self) -> Backend:
+        return backend(self.cfg, self.paths, self.device)
 
-        The file lies in the index folder of `root`; without `fill` it is used only if it is there.
+    def _dali(self, normalize: tuple[Sequence[float], Sequence[float]] | None = None) -> "DaliDecoder":
+        from fusionreid.dataloading.dali import DaliDecoder  # installed only where it is wanted
+
+        return DaliDecoder(
+            self.paths,
+            self.size,
+            self.resize,
+            batch_size=self.batch_size,
+            num_threads=self.cfg.NUM_WORKERS,
+            device=self.device,
+            fallback=self.reader,
+            normalize=normalize,
+        )
+
+    def cached(self, root: str, share: slice = slice(None), *, fill: bool = True) -> tuple[CachedImages | None, str]:
+        """Return the images of `share` from the cache, or None, and a line that says which, with sizes.
+
+        DATALOADER.CACHE and the free memory decide. The cache file lies in the index folder of `root`; with `fill` a
+        missing one is written.
         """
         size, cfg = self.size, self.cfg
         num_bytes = len(self.paths) * size[0] * size[1] * 3
-        place, how = self._place(num_bytes, share), f"{backend(cfg, self.paths, self.device)} {self.resize}"
+        place, how = self._place(num_bytes, share), f"{self._backend()} {self.resize}"
         part = f"{Path(root).stem}-{self.part}" if os.path.isfile(root) else self.part  # lists may lie side by side
         name = f".fusionreid-{part}-{size[0]}x{size[1]}-{how.replace(' ', '-')}.safetensors"
         file = index_folder(root) / name
@@ -91,16 +111,16 @@ class Images:
                 images = load_or_fill(file, root, self.paths, size, how, self._fill if fill else None)
         except OSError as error:
             if self.part == "train" and cfg.CACHE != "auto":
-                remedy = "set none to decode every image anew"
+                remedy = "set none to decode every image at every use"
                 raise DataError(f"DATALOADER.CACHE {cfg.CACHE}: {error}; {remedy}") from error
-            log.warning("%s; every image is decoded anew", error)
+            log.warning("%s; every image is decoded at every use", error)
         if images is None:
-            return None, f"{what}: decoded anew by {how.split()[0]} each time"
-        pixels = ResidentPixels(images[share], place, self.device, share.start or 0)
-        return pixels, f"{what}: resident in {place} memory, from {shown(file)}"
+            return None, f"{what}: decoded by {how.split()[0]} at every use"
+        source = CachedImages(images, share, place, self.device)
+        return source, f"{what}: cached in {place} memory, from {printable(file)}"
 
     def _place(self, num_bytes: int, share: slice) -> Place:
-        """Where all images, or their share, stay. Only training images may claim the device's memory."""
+        """Decide where the images stay. Only training images may claim the device's memory."""
         if self.cfg.CACHE == "auto" or (self.cfg.CACHE == "device" and self.part == "test"):
             return place_for(num_bytes, self.device, num_bytes * len(self.paths[share]) // len(self.paths))
         if self.cfg.CACHE == "device" and self.device.type != "cuda":
@@ -108,17 +128,17 @@ class Images:
         return self.cfg.CACHE
 
     def _fill(self) -> Filling:
-        pixels = self.decoded()
+        source = self.from_files()
         batches = np.split(np.arange(len(self.paths)), range(self.batch_size, len(self.paths), self.batch_size))
         try:
-            for batch, (images, _) in zip(batches, pixels(batches)):
-                yield [self.reader.instead.get(i, i) for i in batch.tolist()], images
+            for batch, (images, _) in zip(batches, source(batches)):
+                yield [self.reader.replacements.get(i, i) for i in batch.tolist()], images
         finally:
-            pixels.close()
+            source.close()
 
 
 def backend(cfg: DataloaderConfig, paths: Sequence[str], device: torch.device) -> Backend:
-    """What decodes. DALI wins where it decodes on the GPU; on a CPU torchvision is twice as fast."""
+    """Choose the decoder. DALI wins where it decodes on the GPU; on a CPU torchvision is twice as fast."""
     if cfg.BACKEND == "torchvision" or (cfg.BACKEND == "auto" and device.type != "cuda"):
         return "torchvision"
     jpegs = sum(path.lower().endswith((".jpg", ".jpeg")) for path in paths)

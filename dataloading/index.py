@@ -1,45 +1,52 @@
-"""The index of a data set: what header and end of every image file say, kept beside the data set for the next start."""
+"""Index of a data set: what header and end of every image file say, kept beside the data set for the next start."""
 
 import hashlib
 import json
 import os
+import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
-from fusionreid.dataloading.records import open_file, open_image
+from fusionreid.dataloading.image_files import open_file, open_image, read_file
+from fusionreid.files import atomic_write
 
 FILE = ".fusionreid-index.json"
-FORMAT = b"index 1"  # another format: the file is written anew
+FORMAT = b"index 2"  # another format: the file is written anew
 CHUNK = 64  # files a thread takes at a time
+THREADS, WAITING = 32, 3  # that read headers where that takes so many times its computing
+SAVE_FILES, SAVE_S = 20_000, 60  # the index is saved after so many files, then after twice as many, and so often
+ORIENTATION = 0x0112  # EXIF tag
 SAMPLE = 4096  # bytes at each end that go into the fingerprint
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 class Entry(NamedTuple):
-    """One file as it was found. Without a `fault` it can be used, as far as its header and end tell."""
+    """One file as it was found. It can be used if `fault` is empty, as far as its header and end tell."""
 
     size: int = -1  # bytes
     modified: int = -1  # ns
-    kind: str = ""  # JPEG, PNG, ...
+    format: str = ""  # JPEG, PNG, ...
     width: int = 0
     height: int = 0
-    several: bool = False  # frames, of which the first counts
+    multi_frame: bool = False  # the first frame is used
+    turned: bool = False  # its EXIF data ask for it to be shown turned; it is not
     fingerprint: str = ""  # of size, first and last bytes
     fault: str = ""
     lasting: bool = True  # while size and time stay the same; what a disk says may pass
 
 
 def scan(root: str, paths: Iterable[str], decode: Callable[[str], object] | None = None) -> dict[str, Entry]:
-    """The entry of every path; with `decode`, which raises for a bad file, what decoding all of them says too.
+    """Return the entry of every path. With `decode`, which raises for a bad file, all files are decoded as well.
 
     A file whose size and time are those in the index of `root` is not opened again, except to decode it. Of the others
-    both ends are read, and none is decoded but those whose end leaves doubt. Memory: 1.3 kB per file.
+    header and end are read; only those whose end leaves doubt are decoded. The index is saved as it grows, so that a
+    scan that is killed goes on where it was. Memory: 1.3 kB per file.
     """
     paths = sorted(set(paths))
     file = index_folder(root) / FILE
@@ -47,30 +54,64 @@ def scan(root: str, paths: Iterable[str], decode: Callable[[str], object] | None
     prefix = f"{_folder(root)}{os.sep}"
     names = [path.removeprefix(prefix) for path in paths]  # the data set may move
     Image.init()  # of all formats, before threads do it together
-    threads = len(os.sched_getaffinity(0)) if decode else 1  # reading headers, two would only fight for the interpreter
     chunks = [slice(start, start + CHUNK) for start in range(0, len(paths), CHUNK)]
 
     def entries(chunk: slice) -> list[Entry]:
         return [_entry(path, known.get(name), decode) for path, name in zip(paths[chunk], names[chunk])]
 
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(threads) as pool:  # of odd metadata
-        found = [entry for part in _progress(pool.map(entries, chunks), len(chunks)) for entry in part]
-    lasting = {name: entry for name, entry in zip(names, found) if entry.lasting}
-    if any(known.get(name) != entry for name, entry in lasting.items()):
-        _save(file, known | lasting)
+    found: list[Entry] = []
+    saved, saved_at, changed = 0, time.monotonic(), False
+    try:
+        with warnings.catch_warnings(action="ignore"), closing(_in_threads(entries, chunks, bool(decode))) as parts:
+            for part in _progress(parts, len(chunks)):  # without warnings of odd metadata
+                new = names[len(found) : len(found) + len(part)]
+                found += part
+                changed |= any(known.get(name) != entry for name, entry in zip(new, part) if entry.lasting)
+                if changed and (len(found) >= 2 * saved + SAVE_FILES or time.monotonic() - saved_at > SAVE_S):
+                    _save(file, known | _lasting(names, found))
+                    saved, saved_at, changed = len(found), time.monotonic(), False
+    finally:  # also for whoever is stopped
+        if changed:
+            _save(file, known | _lasting(names, found))
     return dict(zip(paths, found))
 
 
-def condemn(root: str, path: str, fault: str) -> None:
-    """Remember what decoding found at a file that `scan` let pass."""
-    entry = look(path)
+def _lasting(names: Sequence[str], entries: Sequence[Entry]) -> dict[str, Entry]:
+    return {name: entry for name, entry in zip(names, entries) if entry.lasting}
+
+
+def _in_threads(
+    work: Callable[[slice], list[Entry]], chunks: Sequence[slice], decode: bool
+) -> Generator[list[Entry], None, None]:
+    """Yield the results in order. Headers are read by many threads where the first chunk mostly waits for the disk.
+
+    Elsewhere threads would only fight for the interpreter.
+    """
+    threads = len(os.sched_getaffinity(0)) if decode else 1
+    first, rest = chunks[:1], chunks[1:]
+    for chunk in first:
+        start, cpu_start = time.monotonic(), time.thread_time()
+        yield work(chunk)
+        elapsed, computing = time.monotonic() - start, time.thread_time() - cpu_start
+        if not decode and elapsed > WAITING * computing:
+            threads = THREADS
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield from pool.map(work, rest)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def mark_bad(root: str, path: str, fault: str) -> None:
+    """Record in the index the fault that decoding found in a file that `scan` let pass."""
+    entry = inspect_file(path)
     if not entry.fault:
         file, name = index_folder(root) / FILE, path.removeprefix(f"{_folder(root)}{os.sep}")
         _save(file, _load(file) | {name: entry._replace(fault=fault)})
 
 
 def index_folder(root: str) -> Path:
-    """Where what is derived from a data set lies: beside it, or in the user's cache where that cannot be written."""
+    """Return the folder of index and cache: the data set's own, or the user's cache where that cannot be written."""
     folder = _folder(root)
     if os.access(folder, os.W_OK):
         return folder
@@ -83,12 +124,12 @@ def _folder(root: str) -> Path:
 
 
 def _entry(path: str, known: Entry | None, decode: Callable[[str], object] | None) -> Entry:
-    entry = known if known is not None and not decode and _unchanged(path, known) else look(path)
+    entry = known if known is not None and not decode and _unchanged(path, known) else inspect_file(path)
     if decode and not entry.fault:
         try:
             decode(path)
         except Exception as error:  # decoders raise whatever a broken file leads them to
-            return entry._replace(fault=describe(error))
+            return entry._replace(fault=reason(error))
     return entry
 
 
@@ -100,8 +141,8 @@ def _unchanged(path: str, entry: Entry) -> bool:
     return (status.st_size, status.st_mtime_ns) == (entry.size, entry.modified)
 
 
-def look(path: str) -> Entry:
-    """What header and end of a file say; one whose end leaves doubt is decoded."""
+def inspect_file(path: str) -> Entry:
+    """Read header and end of a file; one whose end leaves doubt is decoded."""
     size = modified = -1
     try:
         with open_file(path) as file:
@@ -111,19 +152,21 @@ def look(path: str) -> Entry:
             if not start:
                 raise ValueError("empty file")
             image = open_image(file)
-            several = _has_frames(image)
+            multi_frame, turned = _has_frames(image), _is_turned(image)
+            width, height = image.size
+            if image.format == "JPEG" and -(-width // 8) * -(-height // 8) > 8 * size:  # a block takes a bit at least
+                raise ValueError(f"its header says {width} x {height} pixels, more than its {size:,} bytes can hold")
             if not _is_whole(image.format or "", start, end, size):
                 image.convert("RGB")
-        width, height = image.size
         fingerprint = hashlib.blake2b(b"%d%b%b" % (size, start, end), digest_size=6).hexdigest()
-        return Entry(size, modified, image.format or "", width, height, several, fingerprint)
+        return Entry(size, modified, image.format or "", width, height, multi_frame, turned, fingerprint)
     except Exception as error:  # decoders raise whatever a broken file leads them to
         lasting = getattr(error, "errno", None) is None and size >= 0
-        return Entry(size, modified, fault=describe(error), lasting=lasting)
+        return Entry(size, modified, fault=reason(error), lasting=lasting)
 
 
-def describe(error: BaseException) -> str:
-    """Why a file cannot be used, in a line."""
+def reason(error: BaseException) -> str:
+    """Say in one line why a file cannot be used."""
     text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
     return text.splitlines()[0]
 
@@ -135,9 +178,18 @@ def _has_frames(image: Image.Image) -> bool:
         return True
 
 
-def _is_whole(kind: str, start: bytes, end: bytes, size: int) -> bool:
-    """Whether the file surely reaches its end; what other formats and trailing bytes leave open, decoding must say."""
-    match kind:
+def _is_turned(image: Image.Image) -> bool:
+    if "exif" not in image.info:
+        return False
+    try:
+        return image.getexif().get(ORIENTATION, 1) not in (0, 1)
+    except Exception:  # broken EXIF data, which nothing else reads
+        return False
+
+
+def _is_whole(image_format: str, start: bytes, end: bytes, size: int) -> bool:
+    """Tell whether the file surely reaches its end; if not, other formats and trailing bytes need decoding."""
+    match image_format:
         case "JPEG" | "MPO":
             return end.endswith(b"\xff\xd9")
         case "PNG":
@@ -156,12 +208,12 @@ def _progress(work: Iterable[list[Entry]], total: int) -> Iterable[list[Entry]]:
 
 
 def _load(file: Path) -> dict[str, Entry]:
-    """The index, or nothing where there is none, or a damaged one."""
+    """Read the index; a missing or damaged one is empty."""
     try:
-        digest, _, text = file.read_bytes().partition(b"\n")
+        digest, _, text = read_file(str(file)).partition(b"\n")
         if digest == _digest(text):
             return {path: Entry(*values) for path, values in json.loads(text).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         pass
     return {}
 
@@ -174,17 +226,5 @@ def _save(file: Path, entries: dict[str, Entry]) -> None:
     text = json.dumps(entries, separators=(",", ":")).encode()
     with suppress(OSError):  # a full disk: the next start looks again
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, _digest(text) + b"\n" + text)
-
-
-def write_whole(file: Path, data: bytes) -> None:
-    """Replace a file at once: a reader sees the old one or the new one."""
-    draft = file.with_name(f"{file.name}.{os.urandom(4).hex()}")
-    try:
-        with open(draft, "xb") as output:
-            output.write(data)
-            output.flush()
-            os.fsync(output.fileno())
-        os.replace(draft, file)
-    finally:
-        draft.unlink(missing_ok=True)
+        with atomic_write(file) as index:
+            index.write(_digest(text) + b"\n" + text)

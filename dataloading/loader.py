@@ -1,4 +1,4 @@
-"""Plan and pixels to batches, augmented on the device."""
+"""Loaders: plan and pixels to batches, augmented on the device."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,14 +11,16 @@ from torch import Tensor
 from fusionreid.dataloading.bad_images import BadImages
 from fusionreid.dataloading.config import DataloaderConfig, InputConfig
 from fusionreid.dataloading.decode import BICUBIC, BILINEAR
-from fusionreid.dataloading.image_source import Images
+from fusionreid.dataloading.image_source import ImageSet
 from fusionreid.dataloading.plan import EpochPlan, epoch_plan
 from fusionreid.dataloading.records import Record, Split, check_batch
-from fusionreid.kernels.augmentation import augment, normalize
+from fusionreid.kernels.augmentation import augment, erase_rectangles, normalize
 
 
 @dataclass
 class Batch:
+    """Images of a step with what is known of them."""
+
     images: Tensor  # (B, 3, H, W), channels-last
     persons: Tensor  # (B,) int64: labels in training, the data set's numbers in test
     cameras: Tensor  # (B,) int64
@@ -26,9 +28,9 @@ class Batch:
 
 
 class TrainLoader:
-    """This rank's part of every batch. One iterator at a time; resident images and workers live until `close`.
+    """Loads this rank's part of every training batch; one iterator at a time.
 
-    `note` is a line about where the images are.
+    Cached images and workers live until `close`. `note` is a line about where the images are.
     """
 
     def __init__(
@@ -42,24 +44,31 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
         bad_images: BadImages | None = None,
     ) -> None:
         check_batch(split, batch_size, loader_cfg.NUM_INSTANCE, world_size)
         self.batch_size, self.instances, self.seed = batch_size, loader_cfg.NUM_INSTANCE, seed
-        self.rank, self.world_size, self.device, self.dtype = rank, world_size, torch.device(device), dtype
+        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self._input, self._labels = input_cfg, np.array(split.labels)
         self._cameras = np.array([record.camera for record in split.train])
-        images = Images(
-            "train", split.train, input_cfg.SIZE_TRAIN, BICUBIC, loader_cfg,
-            batch_size=batch_size // world_size, device=self.device, bad_images=bad_images,
-        )  # fmt: skip
-        self._instead = images.reader.instead
-        resident, self.note = images.resident(split.root)
-        self._pixels = resident or images.decoded()
+        images = ImageSet(
+            "train",
+            split.train,
+            input_cfg.SIZE_TRAIN,
+            BICUBIC,
+            loader_cfg,
+            batch_size=batch_size // world_size,
+            device=self.device,
+            bad_images=bad_images,
+        )
+        self._replacements = images.reader.replacements
+        cached, self.note = images.cached(split.root)
+        self._dali = None if cached else images.augmented_by_dali(input_cfg.PIXEL_MEAN, input_cfg.PIXEL_STD)
+        self._source = cached or self._dali or images.from_files()
         self._plan: tuple[int, EpochPlan] | None = None  # of the last epoch asked for
 
     def plan(self, epoch: int) -> EpochPlan:
+        """Return the plan of an epoch, the same on all ranks."""
         if self._plan is None or self._plan[0] != epoch:
             plan = epoch_plan(
                 self._labels,
@@ -77,10 +86,12 @@ class TrainLoader:
         return self._plan[1]
 
     def steps(self, epoch: int) -> int:
+        """Return the number of batches of an epoch."""
         return self.plan(epoch).num_steps
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        return _beside(self._batches(epoch, start_step), self.device)
+        """Yield the batches of an epoch from a step on."""
+        return _prefetch(self._batches(epoch, start_step), self.device)
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         plan = self.plan(epoch)
@@ -92,35 +103,45 @@ class TrainLoader:
             for array in (plan.image, plan.flip, plan.shift, plan.erase, self._labels, self._cameras)
         )
         persons, cameras = labels[image], cameras[image]
-        pixels = self._pixels([plan.image[part] for part in slices])
-        for (decoded, rows), part in zip(pixels, slices):
-            for position, instead in self._instead.items():  # nearly always none
-                cameras[image == position] = int(self._cameras[instead])
-            images = augment(
+        augmented: Iterator[Tensor]
+        if self._dali:
+            inputs = [(plan.image[part], plan.flip[part], plan.shift[part]) for part in slices]
+            augmented = (
+                erase_rectangles(images, erase[part], index[part], seed=self.seed, epoch=epoch)
+                for images, part in zip(self._dali.augmented(inputs), slices)
+            )
+        else:
+            augmented = self._augmented(epoch, plan, slices, (flip, shift, erase, index))
+        for images, part in zip(augmented, slices):
+            for position, replacement in self._replacements.items():  # nearly always none
+                cameras[image == position] = int(self._cameras[replacement])
+            yield Batch(images, persons[part], cameras[part], image[part])
+
+    def _augmented(
+        self, epoch: int, plan: EpochPlan, slices: Sequence[slice], parameters: Sequence[Tensor]
+    ) -> Iterator[Tensor]:
+        for (decoded, rows), part in zip(self._source([plan.image[part] for part in slices]), slices):
+            yield augment(
                 decoded.to(self.device, non_blocking=True),
-                flip[part],
-                shift[part],
-                erase[part],
-                index[part],
+                *(values[part] for values in parameters),
                 seed=self.seed,
                 epoch=epoch,
                 mean=self._input.PIXEL_MEAN,
                 std=self._input.PIXEL_STD,
-                dtype=self.dtype,
                 rows=rows,
             )
-            yield Batch(images, persons[part], cameras[part], image[part])
 
     def close(self) -> None:
-        self._pixels.close()
+        """End the workers and free the cached images."""
+        self._source.close()
 
 
 class TestLoader:
-    """This rank's share of the records, in order, resized and normalised; can be iterated again.
+    """Loads this rank's share of the records in order, resized and normalised; can be iterated again.
 
-    All ranks take equally many images, the last ones the last record more than once, because a sharded model computes
-    in step; the last batch may be smaller. With `root`, the folder of the data set, the images are resident where there
-    is a file of them or, with `fill`, room for one; else they are decoded each time. `note` says which.
+    All ranks take equally many images, because a sharded model computes in step: the last ones repeat the last record.
+    The last batch may be smaller. With `root`, the folder of the data set, the images come from the cache if there is
+    one or, with `fill`, room for one; else they are decoded at every use. `note` says which.
     """
 
     __test__ = False  # no test class, whatever its name
@@ -135,12 +156,11 @@ class TestLoader:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
         root: str = "",
         fill: bool = False,
     ) -> None:
         self.records, self.batch_size = records, batch_size
-        self.device, self.dtype, self._input = torch.device(device), dtype, input_cfg
+        self.device, self._input = torch.device(device), input_cfg
         last, share = len(records) - 1, -(-len(records) // world_size)
         positions = np.minimum(np.arange(rank * share, (rank + 1) * share), last)
         self._positions = np.split(positions, range(batch_size, share, batch_size))
@@ -148,35 +168,35 @@ class TestLoader:
         persons, cameras = ([getattr(record, what) for record in records] for what in ("person", "camera"))
         self._persons = torch.tensor(persons, dtype=torch.int64).to(self.device)[self._indices]
         self._cameras = torch.tensor(cameras, dtype=torch.int64).to(self.device)[self._indices]
-        self._images = Images(
+        self._images = ImageSet(
             "test", records, input_cfg.SIZE_TEST, BILINEAR, loader_cfg, batch_size=batch_size, device=self.device
         )
         mine = slice(int(positions[0]), int(positions[-1]) + 1)
-        self._resident, self.note = self._images.resident(root, mine, fill=fill) if root else (None, "")
+        self._cached, self.note = self._images.cached(root, mine, fill=fill) if root else (None, "")
 
     def __len__(self) -> int:
         return len(self._positions)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _beside(self._batches(), self.device)
+        return _prefetch(self._batches(), self.device)
 
     def _batches(self) -> Iterator[Batch]:
-        pixels = self._resident or self._images.decoded()
+        source = self._cached or self._images.from_files()
         try:
             start = 0
-            for decoded, rows in pixels(self._positions):
+            for decoded, rows in source(self._positions):
                 given = decoded if rows is None else decoded.index_select(0, rows)
                 given = given.to(self.device, non_blocking=True)
-                images = normalize(given, self._input.PIXEL_MEAN, self._input.PIXEL_STD, self.dtype)
+                images = normalize(given, self._input.PIXEL_MEAN, self._input.PIXEL_STD)
                 part = slice(start, start := start + len(images))
                 yield Batch(images, self._persons[part], self._cameras[part], self._indices[part])
         finally:
-            if self._resident is None:
-                pixels.close()
+            if self._cached is None:
+                source.close()
 
 
-def _beside(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """On a GPU a stream of its own prepares a batch, while the step before, enqueued already, still computes."""
+def _prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Prepare the next batch on a side stream of the GPU while the current step runs."""
     if device.type != "cuda":
         yield from batches
         return
@@ -196,5 +216,5 @@ def _beside(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all epochs and evaluations: memory that was of a stream is given out to that stream alone."""
+    """Return the side stream, one for all epochs and evaluations: memory freed on a stream is reused on it alone."""
     return torch.cuda.Stream(device)

@@ -1,7 +1,7 @@
-"""The plan of an epoch: which image stands where, and how it is augmented; a pure function of (seed, epoch, position).
+"""Plan of an epoch: which image stands where, and how it is augmented; a pure function of (seed, epoch, position).
 
 A batch is P persons x K images. A person's images are shuffled and cut into groups of K (a rest below K is left out;
-fewer than K in all: K draws with replacement). Each batch takes the next group of P persons drawn from those that have
+fewer than K in all: K drawn with replacement). Each batch takes the next group of P persons drawn from those that have
 groups left, until fewer than P have. Source: Hermans et al., arXiv:1703.07737; Luo et al., arXiv:1903.07071.
 """
 
@@ -23,7 +23,7 @@ ERASING_TRIES = 10
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """Arrays over the positions of an epoch, num_steps x batch_size of them."""
+    """Arrays over the L = num_steps x batch_size positions of an epoch."""
 
     image: np.ndarray  # (L,) int64, which record
     flip: np.ndarray  # (L,) bool
@@ -34,14 +34,16 @@ class EpochPlan:
 
     @property
     def batch_size(self) -> int:
+        """Images per batch, over all ranks."""
         return self.persons_per_batch * self.instances
 
     @property
     def num_steps(self) -> int:
+        """Batches per epoch."""
         return len(self.image) // self.batch_size
 
     def rank_slice(self, step: int, rank: int, world_size: int) -> slice:
-        """The positions of one rank in one step: a contiguous part of the batch, whole persons."""
+        """Return the positions of one rank in one step: a contiguous part of the batch, whole persons."""
         if self.persons_per_batch % world_size or not 0 <= rank < world_size:
             raise ValueError(
                 f"rank_slice: {self.persons_per_batch} persons per batch must divide among the ranks, got rank {rank} "
@@ -67,7 +69,7 @@ def epoch_plan(
     flip_prob: float = 0.5,
     erase_prob: float = 0.5,
 ) -> EpochPlan:
-    """The plan for records with these labels, 0..persons-1 each at least once; height and width in pixels."""
+    """Plan an epoch for records with these labels, 0..persons-1 each at least once; height and width in pixels."""
     key = (seed, epoch)
     image = _sample(np.asarray(labels, np.int64), persons_per_batch, instances, key)
     position = torch.arange(len(image))
@@ -86,7 +88,7 @@ def epoch_plan(
 
 
 def _sample(labels: np.ndarray, persons_per_batch: int, instances: int, key: tuple[int, int]) -> np.ndarray:
-    """The record at every position, (L,) int64."""
+    """Draw the record at every position, (L,) int64."""
     counts = np.bincount(labels)
     if len(counts) < persons_per_batch or not counts.all():
         raise DataError(
@@ -97,13 +99,13 @@ def _sample(labels: np.ndarray, persons_per_batch: int, instances: int, key: tup
     left = np.maximum(counts // instances, 1)
     steps = len(groups) // persons_per_batch  # never more
     step, place = torch.arange(steps)[:, None], torch.arange(persons_per_batch)
-    draws = philox(key, (step, place, PERSONS, SAMPLING))[0].tolist()
+    random_words = philox(key, (step, place, PERSONS, SAMPLING))[0].tolist()
     chosen: list[int] = []  # groups
     ready, taken = list(range(len(counts))), [0] * len(counts)
-    for draw in draws:
+    for words in random_words:
         if len(ready) < persons_per_batch:
             break
-        for place, bits in enumerate(draw, 1):  # P of the persons ready, drawn to the end of the list
+        for place, bits in enumerate(words, 1):  # P of the persons ready, drawn to the end of the list
             among = len(ready) - place + 1
             pick = bits * among >> 32
             ready[pick], ready[-place] = ready[-place], ready[pick]
@@ -119,7 +121,7 @@ def _sample(labels: np.ndarray, persons_per_batch: int, instances: int, key: tup
 def _groups(
     labels: np.ndarray, counts: np.ndarray, instances: int, key: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All groups of K records, (groups, K) int64, person after person; and the first group of every person."""
+    """Cut into groups of K records, (groups, K) int64, person after person; also the first group of every person."""
     order = philox(key, (torch.arange(len(labels)), 0, SHUFFLE, SAMPLING))[0].numpy()
     shuffled = np.lexsort((order, labels))  # by person, then at random
     start = np.cumsum(counts) - counts  # of each person within `shuffled`
@@ -135,7 +137,7 @@ def _groups(
 
 
 def _rectangles(key: tuple[int, int], position: Tensor, height: int, width: int) -> Tensor:
-    """Per position the first of ten random rectangles that fits into the image, (L, 4) int64; none fits: zeros."""
+    """Find per position the first of ten random rectangles that fits into the image, (L, 4) int64, else zeros."""
     tries = torch.arange(1, ERASING_TRIES + 1)
     tops, lefts, heights, widths = rectangle(philox(key, (position[:, None], tries, 0, AUGMENTATION)), height, width)
     fits = (heights < height) & (widths < width)  # (L, tries)
@@ -145,7 +147,7 @@ def _rectangles(key: tuple[int, int], position: Tensor, height: int, width: int)
 
 
 def rectangle(words: Words, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Top, left, height, width from random bits; it may not fit into the image."""
+    """Compute top, left, height, width from random bits; the rectangle may not fit into the image."""
     area, aspect = uniform(words[0]).double(), uniform(words[1]).double()
     area = (ERASED_AREA[0] + (ERASED_AREA[1] - ERASED_AREA[0]) * area) * (height * width)
     low, high = np.log(ERASED_ASPECT)

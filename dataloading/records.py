@@ -1,159 +1,126 @@
-"""What a data set is to the rest of the project, `Split` of `Record`s, and the checks made before the first step."""
+"""Data sets as the rest of the project sees them, `Split` of `Record`s, and the checks made before the first step."""
 
-import io
 import os
-import stat
-import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import BinaryIO
+from typing import Literal
 
-from PIL import Image, UnidentifiedImageError
+from fusionreid.errors import ReIDError
 
 PARTS = ("train", "query", "gallery")
-MAX_PIXELS = 25_000_000  # a larger header is a mistake or a decompression bomb
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # no format that starts another program
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"})
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is the stricter rule
+LeftOut = dict[str, list[str]]  # reason -> paths
+JUNK, HIDDEN = "junk: person -1", "hidden, or a system's metadata"  # left out of every data set
 
 
-class DataError(ValueError):
+class DataError(ReIDError, ValueError):
     """Something about the data that its owner can put right."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
+    """One image file with its person and camera."""
+
     path: str  # absolute
-    person: int  # as the data set numbers it; 0: distractor
-    camera: int  # from 0
+    person: int  # number, named by Split.person_names; 0: distractor
+    camera: int  # from 0, named by Split.camera_names
 
 
 @dataclass(frozen=True)
 class Split:
+    """A data set in its three parts, with an account of every image file that was found.
+
+    `train` may be empty where a model is only evaluated. Names of persons and cameras are as their owner wrote them.
+    """
+
     name: str
     root: str
     train: tuple[Record, ...]
     query: tuple[Record, ...]
     gallery: tuple[Record, ...]
     note: str = ""
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # reason -> paths
+    warnings: tuple[str, ...] = ()
+    person_names: Mapping[int, str] = field(default_factory=dict)
+    camera_names: Mapping[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for part in PARTS:
+        for part in ("query", "gallery"):
             if not getattr(self, part):
-                raise DataError(f"{self.name}: no images for {part} in {shown(self.root)}; all three parts are needed")
+                raise DataError(
+                    f"{self.name}: no images for {part} in {printable(self.root)}; query and gallery are always "
+                    "needed, train as well for training"
+                )
 
     @cached_property
     def persons(self) -> tuple[int, ...]:
-        """Sorted; the label of a person is its position."""
+        """Persons to train on, sorted; the label of a person is its position."""
         return tuple(sorted({record.person for record in self.train}))
 
     @cached_property
     def labels(self) -> list[int]:
+        """Label of the person of every training image."""
         label = {person: position for position, person in enumerate(self.persons)}
         return [label[record.person] for record in self.train]
 
     @cached_property
     def cameras(self) -> tuple[int, ...]:
-        """Those seen in training, sorted."""
+        """Cameras seen in training, sorted."""
         return tuple(sorted({record.camera for record in self.train}))
 
     @property
     def num_persons(self) -> int:
+        """Number of persons to train on."""
         return len(self.persons)
 
     @property
     def num_cameras(self) -> int:
-        return self.cameras[-1] + 1
+        """Rows that an embedding of the training cameras needs."""
+        return self.cameras[-1] + 1 if self.train else 0
+
+    @cached_property
+    def used(self) -> int:
+        """Number of files in the three parts."""
+        return len({record.path for part in PARTS for record in getattr(self, part)})
+
+    @property
+    def found(self) -> int:
+        """Number of image files found: those used and those left out."""
+        return self.used + sum(map(len, self.left_out.values()))
+
+    @property
+    def verdict(self) -> Literal["ok", "warning"]:
+        """Tell whether the owner should look at the warnings or at what was left out."""
+        return "warning" if self.warnings or self.left_out.keys() - {JUNK, HIDDEN} else "ok"
 
     def describe(self) -> str:
-        lines = [f"{self.name} in {shown(self.root)}", f"{'part':8}{'images':>10}{'persons':>10}{'cameras':>10}"]
+        """Table of images, persons and cameras per part, then the files left out by reason."""
+        lines = [f"{self.name} in {printable(self.root)}", f"{'part':8}{'images':>10}{'persons':>10}{'cameras':>10}"]
         for part in PARTS:
             records = getattr(self, part)
             persons, cameras = {r.person for r in records}, {r.camera for r in records}
             lines.append(f"{part:8}{len(records):>10,}{len(persons):>10,}{len(cameras):>10}")
-        return "\n".join([*lines, *([self.note] if self.note else [])])
+        lines += [self.note] if self.note else []
+        if self.left_out:
+            lines.append(f"{self.found:,} image files found, {self.used:,} used; left out:")
+            lines += [f"  {len(p):,}: {reason}, such as {printable(p[0])}" for reason, p in self.left_out.items()]
+        return "\n".join(lines)
 
 
-def shown(path: str | os.PathLike[str]) -> str:
-    """A path as text that every terminal and log can take, whatever bytes its name has."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def list_images(folder: str | Path) -> tuple[list[str], int]:
-    """The image files directly in a folder, sorted, and how many entries with an image's name were no regular file.
-
-    Links to files count as files; `._*` (macOS) and other files are passed over. Opens nothing, so nothing can hang.
-    """
-    found, skipped = [], 0
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("._") or os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
-                continue
-            if _is_regular(entry):
-                found.append(entry.path)
-            else:
-                skipped += 1
-    return sorted(found), skipped
-
-
-def find_images(path: Path) -> tuple[Record, ...]:
-    """One image, or all in a folder and the folders inside it, sorted; person and camera are not known."""
-    if path.is_file():
-        paths = [str(path.absolute())]
-    else:
-        paths = [image for folder, _, _ in os.walk(path.absolute()) for image in list_images(folder)[0]]
-    if not paths:
-        raise DataError(f"{shown(path)} holds no images; name an image, or a folder with some in it or below it")
-    return tuple(Record(image, -1, -1) for image in sorted(paths))
-
-
-def _is_regular(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_file()
-    except OSError:  # a link to itself
-        return False
-
-
-@contextmanager
-def open_file(path: str) -> Iterator[BinaryIO]:
-    """A regular file for reading; a FIFO or a device raises instead of blocking."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError("not a regular file")
-        yield file
-
-
-def read_file(path: str) -> bytes:
-    """The bytes of a regular file."""
-    with open_file(path) as file:
-        return file.read()
-
-
-def open_image(source: bytes | BinaryIO) -> Image.Image:
-    """The header only. ValueError or OSError when it is no image or too large a one."""
-    if not source:
-        raise ValueError("empty file")
-    try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
-    except UnidentifiedImageError as error:
-        raise ValueError("not an image, or its header is cut short") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"its header says more than {MAX_PIXELS:,} pixels") from error
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"its header says {width} x {height} pixels, more than {MAX_PIXELS:,}")
-    return image
+def printable(path: str | os.PathLike[str]) -> str:
+    """Text of a path that every terminal and log can take, whatever bytes its name has."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def check_batch(split: Split, batch_size: int, instances: int, world_size: int = 1) -> None:
-    """A batch is P persons x K instances, and each rank takes whole persons."""
+    """Raise DataError unless a batch is P persons x K instances and each rank can take whole persons."""
+    if not split.train:
+        raise DataError(
+            f"{split.name}: no images for train in {printable(split.root)}; without them it can be evaluated, but "
+            "nothing can be trained"
+        )
     persons, rest = divmod(batch_size, instances)
     if rest or not persons:
         raise DataError(
@@ -174,5 +141,5 @@ def check_batch(split: Split, batch_size: int, instances: int, world_size: int =
 
 
 def scarce_persons(split: Split, instances: int) -> int:
-    """How many persons have fewer training images than a batch takes of them, so that images repeat."""
+    """Count the persons that have fewer training images than a batch takes, so that images repeat."""
     return sum(count < instances for count in Counter(record.person for record in split.train).values())

@@ -1,1 +1,1 @@
-"""The doors and the loop: training, evaluation and what comes after them."""
+"""The commands and what they are made of: training, evaluation, search, export, reports."""

@@ -1,17 +1,62 @@
-"""The installed command: `fusionreid train|evaluate|embed|search ...`, the same doors as the scripts."""
+"""The installed command `fusionreid`: an overview, and the commands that `python engine/<command>.py` runs as well."""
 
+import difflib
+import shlex
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 
-DOORS = "train", "evaluate", "embed", "search", "export", "report", "doctor"
-COMMANDS = {name: f"engine.{name}" for name in DOORS}
+from fusionreid.engine import command, completion
+from fusionreid.engine.arguments import VERSION, Command, Parser, fill
+
+COMMANDS = "train", "evaluate", "embed", "search", "export", "report", "doctor"
+MEANT = {  # what other programs call it
+    "test": "evaluate", "eval": "evaluate", "val": "evaluate", "resume": "train", "fit": "train", "extract": "embed",
+    "predict": "embed", "infer": "embed", "inference": "embed", "query": "search", "find": "search",
+    "convert": "export", "onnx": "export", "compare": "report", "visualize": "report", "check": "doctor",
+}  # fmt: skip
 
 
-def main() -> int:
-    command, *argv = sys.argv[1:] or ["--help"]
-    if command not in COMMANDS:
-        print(f"usage: fusionreid {{{','.join(COMMANDS)}}} --config_file FILE [KEY VALUE ...]", file=sys.stderr)
-        return 0 if command in ("-h", "--help") else 2
-    sys.argv[0] = f"fusionreid {command}"
-    code: int = import_module(COMMANDS[command]).main(argv)
-    return code
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    overview, commands = build()
+    first = words[0] if words else "--help"
+    if first in commands:
+        about, parser = commands[first]
+        return command.run(about, words[1:], parser)
+    if not first.startswith("-"):
+        close = [MEANT[first]] if first in MEANT else difflib.get_close_matches(first, commands, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(commands)}"
+        overview.error(f"unknown command {first}: {hint}")
+    if first.partition("=")[0] not in overview.known:
+        overview.error(f"a command comes before {first}, as in: fusionreid train {shlex.join(words)}")
+    options = overview.parse_args(words or ["--help"])
+    from fusionreid.engine.config import KEYS
+
+    print(completion.script(options.print_completion, {name: p.known for name, (_, p) in commands.items()}, KEYS))
+    return 0
+
+
+def build() -> tuple[Parser, dict[str, tuple[Command, Parser]]]:
+    """The parser of `fusionreid` itself, and each command with its own."""
+    overview = Parser(
+        prog="fusionreid",
+        usage="fusionreid COMMAND [options] [KEY VALUE ...]",
+        description="Person re-identification: train a FusionReID model, evaluate it, search with it.",
+        epilog="fusionreid COMMAND --help explains a command. The first example needs no data and no GPU.",
+        add_help=False,
+    )
+    subparsers = overview.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
+    commands = {}
+    for name in COMMANDS:
+        about: Command = import_module(f"fusionreid.engine.{name}").COMMAND
+        example = f"fusionreid {name} {about.examples[0]}"
+        parser = subparsers.add_parser(name, prog=f"fusionreid {name}", help=f"{about.summary}\n{example}")
+        fill(parser, about)
+        commands[name] = about, parser
+    options = overview.add_argument_group("options")
+    options.add_argument("-h", "--help", action="help", help="print this overview and end")
+    options.add_argument("--version", **VERSION)
+    eval_it = 'print a completion script, as in: eval "$(fusionreid --print-completion bash)"'
+    options.add_argument("--print-completion", choices=completion.SHELLS, metavar="SHELL", help=eval_it)
+    return overview, commands

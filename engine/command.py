@@ -1,70 +1,31 @@
-"""The door every command goes through: arguments, the graceful stop, one message and exit code per kind of failure."""
+"""How every command runs: arguments, signals, logs, and one message and exit code per kind of failure."""
 
-import argparse
 import errno
-import fcntl
-import json
 import logging
 import os
-import signal
-import socket
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from io import TextIOWrapper
 from pathlib import Path
-from time import monotonic
-from types import FrameType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from fusionreid.engine.config import Config, load_config
-from fusionreid.engine.monitoring import memory
+from fusionreid.engine.arguments import Command, Parser, command_line, command_parser
+from fusionreid.engine.distributed import peers
+from fusionreid.engine.signals import REASONS, Signals
+from fusionreid.engine.storage import OutputFolderError
+from fusionreid.engine.text_log import FolderHandler, logging_to, visible
+
+if TYPE_CHECKING:
+    from fusionreid.engine.config import Config
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-REASONS = {0: "done", 130: "stopped by SIGINT", 143: "stopped by SIGTERM"}
 EXIT = "exit.json"
 RANK = int(os.environ.get("RANK", "0"))
 
 log = logging.getLogger(__name__)
-REPEAT_S = 1.0  # a launcher passes on the terminal's signal: within this time it is one and the same
-
-
-class OutputFolderError(RuntimeError):
-    """The output folder cannot be used: another run has it, or it cannot be written."""
-
-    exit_code = 2
-
-
-class Stop:
-    """The wish to stop: the first SIGINT or SIGTERM is remembered, a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.requested: int | None = None
-        self._since = 0.0
-        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    @property
-    def flag(self) -> int:
-        """The signal's number, or 0: the largest over all ranks is the wish of any."""
-        return self.requested or 0
-
-    def close(self) -> None:
-        """Give the signals back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def __enter__(self) -> "Stop":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.requested is None:
-            self.requested, self._since = number, monotonic()
-        elif monotonic() - self._since > REPEAT_S:
-            os._exit(128 + number)
 
 
 class Output:
@@ -94,102 +55,139 @@ class Output:
         return getattr(self.stream, name)
 
 
-def lock(output_dir: Path) -> TextIO:
-    """Make and take the output folder until the returned file is closed or this process ends, however it ends."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if not os.access(output_dir, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        file = open(output_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  open as long as the run
+class Results(Output):
+    """Standard output: control characters are shown as escapes, and each whole line also goes to `file`."""
+
+    def __init__(self, stream: Any, file: FolderHandler | None) -> None:
+        super().__init__(stream)
+        self._file, self._line = file, ""
+
+    def write(self, text: str) -> int:
+        super().write(visible(text))
+        if self._file is not None:
+            *lines, self._line = (self._line + text).split("\n")
+            for line in lines:
+                self._file.handle(logging.LogRecord("stdout", logging.INFO, "", 0, line, None, None))
+        return len(text)
+
+
+class Outcome:
+    """The way a command ends, for the people at the terminal, for log.txt and for OUTPUT_DIR/exit.json."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.folder: Path | None = None  # OUTPUT_DIR, once it is known and unless it is another run's
+        self.file: FolderHandler | None = None
+
+    def at_once(self, number: int) -> None:
+        """End here and now: an exception out of the middle of an import would tear torch apart."""
+        reason = REASONS[128 + number]
+        with suppress(OSError):
+            os.write(2, f"{reason}\n".encode())
+        self.write(128 + number, reason)
+        os._exit(128 + number)
+
+    def tell(self, code: int, reason: str, error: BaseException) -> None:
+        """Print what happened; a traceback only where it is our mistake."""
+        with suppress(OSError, ValueError):
+            if code == 1:
+                traceback.print_exception(error)
+            who = f"[rank {RANK}] " if RANK else ""
+            text = f"{who}{reason}" if code in REASONS else f"{who}error: {reason}"
+            print(visible(text), file=sys.stderr, flush=True)
+        if self.file is not None and RANK == 0:
+            why = (type(error), error, error.__traceback__) if code == 1 else None
+            level = logging.INFO if code in REASONS else logging.ERROR
+            self.file.handle(logging.LogRecord("command", level, "", 0, reason, None, why))
+
+    def tell_loss(self, reason: str) -> None:
+        """Tell and write that another process of the run is lost, which ends this one."""
+        error = peers.PeerError(reason)
+        self.tell(error.exit_code, reason, error)
+        self.write(error.exit_code, reason)
+
+    def write(self, code: int, reason: str) -> None:
+        """Code and reason as exit.json, since torchrun answers 1 whatever its processes answer; the first one stays."""
+        if self.folder is None or not self.folder.is_dir() or (RANK and not code) or (self.folder / EXIT).exists():
+            return
+        from fusionreid.files import write_json
+
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with file:
-                file.seek(0)
-                owner = file.read() or "another process"
-            message = f"OUTPUT_DIR {output_dir} is in use by {owner}: wait for it or set another OUTPUT_DIR"
-            raise OutputFolderError(message) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-    except OSError as error:
-        raise OutputFolderError(f"OUTPUT_DIR {output_dir} cannot be written: {error}; set another one") from error
-    os.register_at_fork(after_in_child=file.close)  # a data worker must not hold the lock of a dead run
-    return file
+            write_json(self.folder / EXIT, {"code": code, "reason": reason, "command": self.name, "rank": RANK})
+        except OSError as error:
+            with suppress(OSError, ValueError):
+                print(f"{self.folder / EXIT} cannot be written: {error}", file=sys.stderr)
 
 
-def run(
-    work: Callable[..., int | None], argv: Sequence[str] | None = None, flags: Mapping[str, str] | None = None
-) -> int:
-    """Read the arguments, call `work(cfg, <flag>=bool, ...)` and turn the way it ends into an exit code.
-
-    `flags` are switches with their help, {"--baselines": "also ..."}. Code and reason also go to OUTPUT_DIR/exit.json,
-    since torchrun answers 1 whatever its processes answer.
-    """
+def run(command: Command, argv: Sequence[str] | None = None, parser: Parser | None = None) -> int:
+    """Read the arguments, do the command's work, and turn the way it ends into an exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # LANG=C has no letters for many names
-    output, errors = (Output(stream) if stream else None for stream in (sys.stdout, sys.stderr))
-    options = _arguments(work, argv, flags or {})
-    output_dir: Path | None = None
-
-    def end_at_once(number: int, _frame: FrameType | None) -> None:
-        """Until the loop takes over; an exception out of the middle of an import would tear torch apart."""
-        with suppress(OSError):
-            os.write(2, f"{REASONS[128 + number]}\n".encode())
-        _leave_word(output_dir, 128 + number, REASONS[128 + number], work)
-        os._exit(128 + number)
-
-    previous = {number: signal.signal(number, end_at_once) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    options = vars((parser or command_parser(command)).parse(sys.argv[1:] if argv is None else argv))
+    outcome = Outcome(command.name)
+    peers.tell_losses(outcome.tell_loss)
+    errors = Output(sys.stderr) if sys.stderr else None
+    with Signals(outcome.at_once), logging_to(errors) as file:
+        output = Results(sys.stdout, file if RANK == 0 else None) if sys.stdout else None
         with redirect_stdout(output), redirect_stderr(errors):
-            cfg = load_config(options.pop("config_file"), options.pop("overrides"))
-            if options.pop("print_config"):
-                print(cfg.dump())
-                return 0
-            output_dir = Path(cfg.OUTPUT_DIR)
-            if RANK == 0:
-                print("".join(f"{note}\n" for note in cfg.notes), end="", file=sys.stderr)
-                with suppress(OSError):
-                    (output_dir / EXIT).unlink()
-            code = work(cfg, **options) or 0
-        reason = REASONS.get(code, "")
-    except BaseException as error:
-        code, reason = _explain(error, cfg if output_dir else None)
-        if isinstance(error, OutputFolderError):
-            output_dir = None  # the folder is another run's
-        with suppress(OSError, ValueError):
-            who = f"[rank {RANK}] " if RANK else ""
-            print(f"{who}{reason}" if code in REASONS else f"{who}error: {reason}", file=sys.stderr, flush=True)
-    finally:
-        for signal_number, handler in previous.items():
-            signal.signal(signal_number, handler)
+            code, reason = _attempt(command, options, outcome, file)
+        peers.stop(done=code == 0)
         _flush()
-    _leave_word(output_dir, code, reason, work)
+        outcome.write(code, reason)
     return code
 
 
-def _leave_word(output_dir: Path | None, code: int, reason: str, work: Callable[..., int | None]) -> None:
-    if output_dir and (RANK == 0 or code):
-        with suppress(OSError), open(output_dir / EXIT, "x", encoding="utf-8") as file:  # the first reason stays
-            json.dump({"code": code, "reason": reason, "command": work.__name__, "rank": RANK}, file, indent=2)
+def _attempt(command: Command, options: dict[str, Any], outcome: Outcome, file: FolderHandler) -> tuple[int, str]:
+    """Do the work; exit code and reason."""
+    cfg: Config | None = None
+    try:
+        from fusionreid.engine.config import load_config
+
+        given = {name: options.pop(name) for name in ("config_file", "overrides")}
+        cfg = load_config(given["config_file"] or os.devnull, given["overrides"])
+        if options.pop("print_config"):
+            print(cfg.dump())
+            return 0, ""
+        if given["config_file"]:
+            outcome.folder = file.folder = Path(cfg.OUTPUT_DIR)
+            outcome.file = file
+        if RANK == 0:
+            for note in cfg.notes:
+                log.info(note)
+            if outcome.folder:
+                with suppress(OSError):
+                    (outcome.folder / EXIT).unlink()
+        code = command.work(cfg, **options) or 0
+        if code == 0 and RANK == 0:
+            _say_what_is_next(command, cfg, given, options)
+        return code, REASONS.get(code, "done")
+    except BaseException as error:
+        code, reason = _explain(error, cfg)
+        if isinstance(error, OutputFolderError):
+            outcome.folder = outcome.file = None  # the folder is another run's
+        outcome.tell(code, reason, error)
+        if code in REASONS and RANK == 0 and command.interrupted:
+            log.info(command.interrupted)
+        return code, reason
 
 
-def _arguments(work: Callable[..., int | None], argv: Sequence[str] | None, flags: Mapping[str, str]) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
-        description=sys.modules[work.__module__].__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--config_file", required=True, metavar="FILE", help="YAML file, one of configs/")
-    parser.add_argument("--print-config", action="store_true", help="print the whole configuration and end")
-    for flag, text in flags.items():
-        parser.add_argument(flag, action="store_true", help=text)
-    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="as in SOLVER.BASE_LR 0.01; KEY=VALUE too")
-    return vars(parser.parse_intermixed_args(argv))
+def _say_what_is_next(command: Command, cfg: "Config", given: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    ending = command.ending(cfg, **options)
+    if ending.wrote:
+        log.info("wrote %s", ", ".join(map(str, ending.wrote)))
+    following = ending.following
+    if following.isalpha():  # a command: with the settings of this one
+        settings = shlex.join(["--config_file", given["config_file"], *given["overrides"]])
+        following = f"{command_line(following)} {settings}"
+    if following:
+        log.info("next: %s", following)
 
 
-def _explain(error: BaseException, cfg: Config | None) -> tuple[int, str]:
-    """Exit code and reason; what has no code of its own is our mistake, so its traceback is shown."""
+def _explain(error: BaseException, cfg: "Config | None") -> tuple[int, str]:
+    """Exit code and reason; what has no code of its own is our mistake."""
+    from fusionreid.engine.monitoring import memory
+
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
         return code, str(error)
@@ -197,16 +195,17 @@ def _explain(error: BaseException, cfg: Config | None) -> tuple[int, str]:
         return 130, REASONS[130]
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code, REASONS.get(error.code, f"exit code {error.code}")
+    if lost := peers.explain(error):
+        return peers.PeerError.exit_code, lost
     if memory.ran_out(error):
         return 6, memory.advice(error, cfg)
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return 4, f"{error}: make room or set another OUTPUT_DIR"
-    traceback.print_exception(error)
     return 1, f"{type(error).__name__}: {error}"
 
 
 def _flush() -> None:
-    """What stdout still holds; if nobody reads it any more, Python must not fail over it at its very end."""
+    """Flush stdout; if nobody reads it any more, Python must not fail over it at its very end."""
     with suppress(AttributeError, ValueError):
         try:
             sys.stdout.flush()

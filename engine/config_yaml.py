@@ -43,7 +43,7 @@ class Setting(NamedTuple):
 
 
 def plain(text: str) -> Any:
-    """What an unquoted value means."""
+    """Read an unquoted value."""
     if text.lower() in WORDS:
         return WORDS[text.lower()]
     try:
@@ -57,7 +57,7 @@ def plain(text: str) -> Any:
 
 
 def read_yaml(text: str, name: str, sections: Collection[str], problems: list[str]) -> dict[str, Setting]:
-    """The dotted keys of a YAML text; only `sections` are entered. What is wrong is added to `problems`."""
+    """Read the dotted keys of a YAML text; only `sections` are entered. Mistakes are added to `problems`."""
     try:
         root = yaml.compose(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError) as error:
@@ -83,7 +83,7 @@ def read_yaml(text: str, name: str, sections: Collection[str], problems: list[st
 
 
 def read_overrides(words: Sequence[str], keys: Collection[str], problems: list[str]) -> dict[str, Setting]:
-    """The settings of a command line, each `KEY=VALUE` or `KEY`, `VALUE`; of equal keys the last one counts."""
+    """Read the settings of a command line, each `KEY=VALUE` or `KEY`, `VALUE`; of equal keys the last one counts."""
     settings: dict[str, Setting] = {}
     left = list(words)
     while left:
@@ -98,12 +98,21 @@ def read_overrides(words: Sequence[str], keys: Collection[str], problems: list[s
 
 
 def dump(values: Mapping[str, Any]) -> str:
-    """YAML that `read_yaml` reads back to the same values."""
+    """Write YAML that `read_yaml` reads back to the same values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested keys as dotted ones, each with its value."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def validate(schema: type[Schema], settings: dict[str, Setting], problems: list[str]) -> Schema:
-    """Checks again without the wrong keys until none is wrong: so contradictions show beside wrong types.
+    """Validate again and again without the wrong keys, so that contradictions are reported along with wrong types.
 
     A contradiction is an error of that type whose context names the `keys` that it is about, the one to blame first.
     """

@@ -1,27 +1,46 @@
-"""The door of the examination: what would stop a training, found without starting one.
+"""Check what a training needs, and find what would stop it, without starting one.
 
 `python engine/doctor.py --config_file FILE [--decode] [KEY VALUE ...]`
 """
 
 import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # a script's own folder must not hide modules, and its project need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from fusionreid.engine import command
-from fusionreid.engine.config import Config
+from fusionreid.engine.arguments import Command, Ending
+
+if TYPE_CHECKING:
+    from fusionreid.engine.config import Config
 
 
-def main(argv: list[str] | None = None) -> int:
-    return command.run(doctor, argv, flags={"--decode": "decode every image file whole, in parallel"})
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run(COMMAND, argv)
 
 
-def doctor(cfg: Config, *, decode: bool = False) -> None:
+def doctor(cfg: "Config", *, decode: bool) -> None:
     from fusionreid.engine.preflight import examine
 
     examine(cfg, decode=decode)
 
+
+def options(parser: ArgumentParser) -> None:
+    parser.add_argument("--decode", action="store_true", help="also decode every image file whole, in parallel")
+
+
+COMMAND = Command(
+    doctor,
+    "check configuration, data, weights, disk and memory before a training",
+    "Check what a training needs, piece by piece, and name everything that would stop it.",
+    ["--config_file my.yml --decode"],
+    options,
+    ending=lambda _cfg, **_: Ending(following="train"),
+)
 
 if __name__ == "__main__":
     sys.exit(main())

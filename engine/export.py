@@ -1,4 +1,4 @@
-"""The door of export: a trained model as one file that runs without this code, checked against the model it is from.
+"""Export a trained model as one file that runs without this code, checked against the model it is from.
 
 `python engine/export.py --config_file FILE --output model.onnx [KEY VALUE ...]` writes ONNX, for ONNX Runtime, TensorRT
 and others; a name that ends in .pt2 is a program for `torch.export.load`. The model is TEST.WEIGHT or the newest
@@ -6,31 +6,51 @@ checkpoint in OUTPUT_DIR; the vector is the one that TEST describes, in fp32. Be
 .json says what goes in, what comes out, and how far it was off when it was checked.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # a script's own folder must not hide modules, and its project need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from fusionreid.engine import command
-from fusionreid.engine.config import Config
+from fusionreid.engine import arguments, command
+from fusionreid.engine.arguments import Command, Ending
+
+if TYPE_CHECKING:
+    from fusionreid.engine.config import Config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    wanted = not {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv)
-    parser.add_argument("--output", required=wanted, type=Path)
-    options, rest = parser.parse_known_args(argv)
+    return command.run(COMMAND, argv)
 
-    def export(cfg: Config) -> None:
-        from fusionreid.engine.exporter import export_model
 
-        export_model(cfg, options.output)
+def export(cfg: "Config", *, output: Path) -> None:
+    from fusionreid.engine.exporter import export_model
 
-    return command.run(export, rest)
+    export_model(cfg, output)
 
+
+def options(parser: ArgumentParser) -> None:
+    which = "the file to write: model.onnx for ONNX Runtime and others, model.pt2 for torch.export.load"
+    parser.add_argument("--output", required=True, type=arguments.path, metavar="FILE", help=which)
+
+
+def ending(_cfg: "Config", *, output: Path) -> Ending:
+    runner = "onnxruntime.InferenceSession" if output.suffix == ".onnx" else "torch.export.load"
+    return Ending([output, f"{output}.json"], f"load it with {runner}; the .json beside it lists inputs and outputs")
+
+
+COMMAND = Command(
+    export,
+    "write a model as one ONNX or torch.export file",
+    "Write the newest checkpoint in OUTPUT_DIR, or TEST.WEIGHT, as one file that runs without this code.\n"
+    "It is checked against the model on three batches and deleted if they differ.",
+    ["--config_file my.yml --output model.onnx"],
+    options,
+    ending=ending,
+)
 
 if __name__ == "__main__":
     sys.exit(main())

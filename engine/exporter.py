@@ -1,4 +1,4 @@
-"""A trained model as a program: pixels and cameras in, test vectors out. No file is left that was not checked first.
+"""Export to ONNX or torch.export: pixels and cameras in, test vectors out; checked against the model on three batches.
 
     images (B, H, W, 3) uint8, cameras (B,) int64 -> test vectors (B, D) fp32
 
@@ -23,7 +23,8 @@ from fusionreid import FusionReID
 from fusionreid.engine.checkpoints.load_model import find_checkpoint, restore
 from fusionreid.engine.config import Config
 from fusionreid.engine.evaluation.extract import feature_vectors
-from fusionreid.engine.storage import write_json
+from fusionreid.errors import ReIDError
+from fusionreid.files import write_json
 from fusionreid.kernels.augmentation import normalize
 
 Program = Callable[..., Tensor]
@@ -33,20 +34,18 @@ BATCHES = 1, 2, 5  # images of each check; what is traced has two
 ALLOWED = 1e-4  # error of a vector, relative to its length: a deep model in fp32 is off by some 1e-6
 
 
-class ExportError(ValueError):
-    """The file asked for cannot be written."""
-
-    exit_code = 2
+class ExportError(ReIDError, ValueError):
+    """The exported file cannot be written."""
 
 
-class DifferentError(ArithmeticError):
-    """The program does not compute what the model does; nothing was written."""
+class DifferentError(ReIDError, ArithmeticError):
+    """The exported program does not compute what the model does; nothing was written."""
 
     exit_code = 1
 
 
 class FromPixels(nn.Module):
-    """The model behind its normalisation."""
+    """The model with normalisation in front of it."""
 
     def __init__(self, model: FusionReID, cfg: Config) -> None:
         super().__init__()
@@ -92,7 +91,7 @@ def export_model(cfg: Config, output: Path) -> None:
 
 
 def examples(count: int, cfg: Config, cameras: Sequence[int]) -> tuple[Tensor, ...]:
-    """Images, smooth as photographs are, with some noise; and cameras, if there are any to choose from."""
+    """Make images, smooth as photographs are, with some noise; and cameras, if there are any to choose from."""
     generator = torch.Generator().manual_seed(count)
     coarse = torch.rand(count, 3, 8, 4, generator=generator)
     smooth = F.interpolate(coarse, cfg.INPUT.SIZE_TEST, mode="bicubic")
@@ -102,7 +101,7 @@ def examples(count: int, cfg: Config, cameras: Sequence[int]) -> tuple[Tensor, .
 
 
 def largest_error(program: Program, model: FusionReID, cfg: Config, cameras: Sequence[int]) -> float:
-    """Of any vector, relative to its length, against the way that evaluation goes; DifferentError above ALLOWED."""
+    """Largest error of a vector, relative to its length, against evaluation's; DifferentError above ALLOWED."""
     errors = []
     for count in BATCHES:
         images, *ids = examples(count, cfg, cameras)

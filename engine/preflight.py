@@ -1,9 +1,10 @@
-"""What a training needs, looked at piece by piece: each is a row of a table, and what is wrong ends in an exit code."""
+"""The checks of `doctor`: a table with a row for everything that a training needs, and an exit code."""
 
 import os
 import platform
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,29 +16,31 @@ from fusionreid import FusionReID
 from fusionreid.dataloading import Split, read_split
 from fusionreid.dataloading.bad_images import BadImages
 from fusionreid.dataloading.cache import free_host_memory
+from fusionreid.dataloading.dataset_warnings import few_persons
 from fusionreid.dataloading.decode import BICUBIC, decode
-from fusionreid.dataloading.decode_workers import BATCHES_AHEAD
-from fusionreid.dataloading.records import check_batch, scarce_persons, shown
+from fusionreid.dataloading.decode_workers import check_shared_memory
+from fusionreid.dataloading.records import check_batch, printable, scarce_persons
 from fusionreid.engine.checkpoints import checkpoint
-from fusionreid.engine.checkpoints.load_model import build, find_checkpoint
+from fusionreid.engine.checkpoints.compare import compare
+from fusionreid.engine.checkpoints.load_model import build, find_checkpoint, restore
 from fusionreid.engine.config import Config
 from fusionreid.engine.evaluation.evaluator import check_cameras, split_ids
 from fusionreid.engine.evaluation.retrieval import check_matches
+from fusionreid.engine.training.resume import position_of
+from fusionreid.errors import ReIDError
 from fusionreid.weights import check_weights, load_pretrained
-from fusionreid.weights.formats import read_state
 
 NEEDED = ("torch", "torchvision", "timm", "triton", "numpy", "pillow", "safetensors", "tensorboard")
 OPTIONAL = ("nvidia-dali-cuda130",)
 CHECKPOINTS = 3  # on disk at once: two are kept beside the one being written
 STATES = {"SGD": 1, "AdamW": 2, "Adam": 2}  # numbers an optimiser keeps for a weight
-SHARED = Path("/dev/shm")
-NAME, VERDICT = 15, 7  # columns of the table
+NAME, VERDICT = 15, 9  # columns of the table
 
 T = TypeVar("T")
 
 
-class Unfit(RuntimeError):
-    """Something that would stop a training; the code is that of the first such thing."""
+class Unfit(ReIDError, RuntimeError):
+    """Something would stop a training; the exit code is that of the first such thing."""
 
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(message)
@@ -45,16 +48,16 @@ class Unfit(RuntimeError):
 
 
 class Table:
-    """Prints a row as soon as it is known."""
+    """A table that prints each row as soon as it is known."""
 
     def __init__(self) -> None:
         self.wrong: dict[str, int] = {}  # name of a row -> exit code
 
     def row(self, name: str, work: Callable[[], tuple[str, T]]) -> T | None:
-        """Text and finding of a piece of work; None where it met what would stop a training."""
+        """Print the row of a check; its finding, or None where it met what would stop a training."""
         try:
             text, found = work()
-            self._print(name, "ok", text)
+            self._print(name, getattr(found, "verdict", "ok"), text)
             return found
         except Exception as error:
             code = getattr(error, "exit_code", 2 if isinstance(error, OSError) else None)
@@ -83,7 +86,7 @@ def examine(cfg: Config, *, decode: bool = False) -> None:
         table.row("batches", lambda: _batches(cfg, found))
         table.row("test", lambda: _test(cfg, found))
     model = table.row("weights", lambda: _weights(cfg, split))
-    table.row("checkpoint", lambda: _checkpoint(cfg))
+    table.row("checkpoint", lambda: _checkpoint(cfg, model))
     table.row("disk", lambda: _disk(cfg, model.num_parameters if model else 0))
     table.row("memory", lambda: _memory(cfg, split))
     if table.wrong:
@@ -120,12 +123,13 @@ def _device(cfg: Config) -> tuple[str, None]:
 
 def _data_set(cfg: Config) -> tuple[str, Split]:
     split = read_split(cfg.DATASETS)
-    return split.describe(), split
+    return "\n".join([split.describe(), *(f"warning: {warning}" for warning in split.warnings)]), split
 
 
 def _image_files(cfg: Config, split: Split, whole: bool) -> tuple[str, Split]:
     rule = BadImages(cfg.DATASETS.ON_BAD, Path(cfg.OUTPUT_DIR))
-    used = rule.check(split, decode=partial(decode, size=cfg.INPUT.SIZE_TRAIN, resize=BICUBIC) if whole else None)
+    whole_decode = partial(decode, size=cfg.INPUT.SIZE_TRAIN, resize=BICUBIC) if whole else None
+    used = rule.check(replace(split, warnings=()), decode=whole_decode)  # the row above has those of the reader
     how = "decoded" if whole else "header and end read"
     note = used.note.removeprefix(split.note).removeprefix("; ")
     return "\n".join([f"{rule.total:,}: {how}", *([note] if note else [])]), used
@@ -142,42 +146,50 @@ def _batches(cfg: Config, split: Split) -> tuple[str, None]:
     return "\n".join(lines), None
 
 
-def _test(cfg: Config, split: Split) -> tuple[str, None]:
-    check_cameras(split, split.cameras, cfg)
+def _test(cfg: Config, split: Split) -> tuple[str, Split]:
+    if split.train:
+        check_cameras(split, split.cameras, cfg)
     check_matches(*split_ids(split))
-    return f"{len(split.query):,} queries in {len(split.gallery):,} images", None
+    counts = f"{len(split.query):,} queries in {len(split.gallery):,} images"
+    warnings = tuple(few_persons(split))
+    return "\n".join([counts, *warnings]), replace(split, warnings=warnings, left_out={})
 
 
 def _weights(cfg: Config, split: Split | None) -> tuple[str, FusionReID]:
     check_weights(cfg.MODEL)
-    persons, cameras = (split.num_persons, split.num_cameras) if split else (1, 1)
+    persons, cameras = (split.num_persons, split.num_cameras) if split and split.train else (1, 1)
     with torch.device("meta" if cfg.MODEL.PRETRAIN_CHOICE == "none" else "cpu"):
         model = build(cfg, persons, cameras)
     lines = [report.describe() for report in load_pretrained(model, cfg.MODEL)] or ["drawn at random"]
     return "\n".join([f"{model.num_parameters / 1e6:.1f} M parameters", *lines]), model
 
 
-def _checkpoint(cfg: Config) -> tuple[str, None]:
-    if not cfg.TEST.WEIGHT:
-        folder = Path(cfg.OUTPUT_DIR) / "checkpoints"
-        newest = checkpoint.latest(folder)
-        return (f"training goes on from {newest}" if newest else f"none in {folder}: training starts anew"), None
-    path = find_checkpoint(cfg)
-    if path.is_dir():
-        checkpoint.verify(path)
-    else:
-        read_state(path)
-    return f"TEST.WEIGHT {path} is whole", None
+def _checkpoint(cfg: Config, model: FusionReID | None) -> tuple[str, None]:
+    """Check what training would go on from as it does itself, and what TEST.WEIGHT names as `evaluate` does."""
+    folder = Path(cfg.OUTPUT_DIR) / "checkpoints"
+    text = f"none in {folder}: training starts anew"
+    checkpoint.read_progress(folder)
+    if newest := checkpoint.latest(folder):
+        tensors, state = checkpoint.load(newest)
+        position_of(state, newest, cfg)
+        if model is not None:
+            compare("the model", model.state_dict(), tensors["model"])
+        text = f"training goes on from {newest}"
+    if cfg.TEST.WEIGHT:
+        path = find_checkpoint(cfg)
+        restore(path, cfg)
+        text += f"\nTEST.WEIGHT {path} is whole and fits the model"
+    return text, None
 
 
 def _disk(cfg: Config, parameters: int) -> tuple[str, None]:
     output = Path(cfg.OUTPUT_DIR).absolute()
     there = next(folder for folder in (output, *output.parents) if folder.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise Unfit(f"OUTPUT_DIR {shown(output)} cannot be written; set another one")
+        raise Unfit(f"OUTPUT_DIR {printable(output)} cannot be written; set another one")
     free = shutil.disk_usage(there).free
     needed = CHECKPOINTS * 4 * parameters * (1 + STATES[cfg.SOLVER.OPTIMIZER_NAME])
-    text = f"{_gb(free)} free for {shown(output)}, {CHECKPOINTS} checkpoints need {_gb(needed)}"
+    text = f"{_gb(free)} free for {printable(output)}, {CHECKPOINTS} checkpoints need {_gb(needed)}"
     if free < needed:
         raise Unfit(f"{text}: make room or set another OUTPUT_DIR", 4)
     return text, None
@@ -186,10 +198,7 @@ def _disk(cfg: Config, parameters: int) -> tuple[str, None]:
 def _memory(cfg: Config, split: Split | None) -> tuple[str, None]:
     sizes = (cfg.INPUT.SIZE_TRAIN, cfg.SOLVER.IMS_PER_BATCH), (cfg.INPUT.SIZE_TEST, cfg.TEST.IMS_PER_BATCH)
     batch = max(3 * height * width * images for (height, width), images in sizes)
-    needed, free = cfg.DATALOADER.NUM_WORKERS * BATCHES_AHEAD * batch, shutil.disk_usage(SHARED).free
-    shared = f"{_gb(free)} free in {SHARED}, {cfg.DATALOADER.NUM_WORKERS} decoding processes need {_gb(needed)}"
-    if free < needed:
-        raise Unfit(f"{shared}: enlarge it (a container's --shm-size), or set DATALOADER.NUM_WORKERS lower", 6)
+    shared = check_shared_memory(cfg.DATALOADER.NUM_WORKERS, batch)
     images = ""
     if split:
         counts = len(split.train), len(split.query) + len(split.gallery)

@@ -1,34 +1,53 @@
-"""The door of the report: draws report.html again from the files that a run left, and other runs beside it.
+"""Draw report.html again from the files that a run left, and compare it with other runs.
 
-`python engine/report.py --config_file FILE [--beside FOLDER]... [KEY VALUE ...]` reads OUTPUT_DIR: metrics.json, the
+`python engine/report.py --config_file FILE [--compare FOLDER]... [KEY VALUE ...]` reads OUTPUT_DIR: metrics.json, the
 pictures, and the log and manifest of training. Of each other folder it shows results and loss, and in which settings
 the runs differ. No model, no images, no GPU.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # a script's own folder must not hide modules, and its project need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from fusionreid.engine import command
-from fusionreid.engine.config import Config
+from fusionreid.engine import arguments, command
+from fusionreid.engine.arguments import Command, Ending
+
+if TYPE_CHECKING:
+    from fusionreid.engine.config import Config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--beside", action="append", default=[], type=Path, metavar="FOLDER")
-    options, rest = parser.parse_known_args(argv)
+    return command.run(COMMAND, argv)
 
-    def report(cfg: Config) -> None:
-        from fusionreid.engine.reporting.runs import draw_report
 
-        draw_report(Path(cfg.OUTPUT_DIR), cfg, options.beside)
+def report(cfg: "Config", *, compare: Sequence[Path]) -> None:
+    from fusionreid.engine.reporting.runs import draw_report
 
-    return command.run(report, rest)
+    draw_report(Path(cfg.OUTPUT_DIR), cfg, compare)
 
+
+def options(parser: ArgumentParser) -> None:
+    other = "OUTPUT_DIR of another run to show as well, as in log/baseline; may be repeated"
+    parser.add_argument("--compare", action="append", default=[], type=arguments.path, metavar="FOLDER", help=other)
+
+
+def ending(cfg: "Config", *, compare: Sequence[Path]) -> Ending:
+    return Ending([Path(cfg.OUTPUT_DIR) / "report.html"], "open it in a browser")
+
+
+COMMAND = Command(
+    report,
+    "draw the report of a run again, or compare runs",
+    "Draw report.html from what a run left in OUTPUT_DIR: results, curves, rank lists. No model or image is read.",
+    ["--config_file my.yml", "--config_file my.yml --compare log/baseline --compare log/larger"],
+    options,
+    ending=ending,
+)
 
 if __name__ == "__main__":
     sys.exit(main())

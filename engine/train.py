@@ -1,35 +1,60 @@
-"""The door of training: `torchrun engine/train.py --config_file FILE [KEY VALUE ...]`; plain python is one process."""
+"""Train a model: `torchrun engine/train.py --config_file FILE [KEY VALUE ...]`; plain python is one process."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # a script's own folder must not hide modules, and its project need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from fusionreid.engine import command
-from fusionreid.engine.config import Config
-from fusionreid.engine.monitoring.loggers import check_boards
-from fusionreid.engine.monitoring.startup import Startup
-from fusionreid.weights import check_weights
+from fusionreid.engine.arguments import Command, Ending
+from fusionreid.engine.signals import Stop
+
+if TYPE_CHECKING:
+    from fusionreid.engine.config import Config
 
 
-def main(argv: list[str] | None = None) -> int:
-    return command.run(train, argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run(COMMAND, argv)
 
 
-def train(cfg: Config) -> None:
+def train(cfg: "Config") -> None:
+    """Train to the last epoch, from the newest checkpoint in OUTPUT_DIR if there is one."""
+    from fusionreid.engine.monitoring.loggers import check_loggers
+    from fusionreid.engine.monitoring.startup import Startup
+    from fusionreid.weights import check_weights
+
     startup = Startup()
     check_weights(cfg.MODEL)
-    check_boards(cfg.SOLVER.LOGGERS)
-    from fusionreid.engine.distributed import (
-        parallel,  # torch loads only now: a mistake in the configuration has shown at once
-    )
-    from fusionreid.engine.training.trainer import Run
+    check_loggers(cfg.SOLVER.LOGGERS)
+    # torch loads only now: a mistake in the configuration has been reported at once.
+    from fusionreid.engine.distributed import parallel
+    from fusionreid.engine.training.trainer import Trainer
 
     startup.lap("imports")
-    Run(cfg, startup).train()
+    trainer = Trainer(cfg, startup)
+    with Stop() as stop:  # until here a signal ends the process at once: there is nothing to save
+        trainer.train(stop)
     parallel.finish()
 
+
+def ending(cfg: "Config") -> Ending:
+    from fusionreid.engine.checkpoints.checkpoint import checkpoints
+
+    return Ending(checkpoints(Path(cfg.OUTPUT_DIR) / "checkpoints")[-1:], "evaluate")
+
+
+COMMAND = Command(
+    train,
+    "train a model, or go on with an interrupted run",
+    "Train a model. The same command goes on where an interrupted run with the same OUTPUT_DIR ended.\n"
+    "torchrun starts one process per GPU.",
+    ["--config_file synthetic/tiny", "--config_file my.yml SOLVER.MAX_EPOCHS 60 OUTPUT_DIR log/long"],
+    ending=ending,
+    interrupted="the same command goes on from the newest checkpoint",
+)
 
 if __name__ == "__main__":
     sys.exit(main())

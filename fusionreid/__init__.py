@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fusionreid.model import FusionReID, Outputs, build_model
 
-__all__ = ["FusionReID", "Outputs", "build_model"]
+__all__ = ["FusionReID", "Outputs", "__version__", "build_model"]
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ PUBLISHED: tuple[tuple[str, dict[str, object], float], ...] = (  # name, setting
 
 
 def counts(settings: dict[str, object]) -> tuple[float, float]:
-    """Millions of parameters of a model: all of them, and those that the figure counts."""
+    """Return the millions of parameters of a model: all of them, and those that the figure counts."""
     config = ModelConfig.model_validate(settings)
     with torch.device("meta"):
         model = build_model(config, num_classes=CLASSES, num_cameras=CAMERAS)
@@ -23,6 +23,7 @@ def counts(settings: dict[str, object]) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Print the table."""
     print(f"millions of parameters; all: with {CLASSES} persons and {CAMERAS} cameras;")
     print("counted: without classifiers, class token, and tables of positions and cameras, as in the paper's figure\n")
     print(f"{'':24}{'all':>8}{'counted':>10}{'paper':>8}")

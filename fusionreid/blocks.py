@@ -1,4 +1,4 @@
-"""The pre-norm Transformer block of T2T-ViT and of the encoding unit; its attention is also that of the ViT.
+"""Pre-norm Transformer block of T2T-ViT and of the encoding unit; the ViT uses its attention too.
 
 Source: Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv:2010.11929. B images, N tokens, C width, H heads.
 """
@@ -32,9 +32,11 @@ class SelfAttention(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def project(self, x: Tensor) -> Tensor:
+        """Project tokens (B, N, C) to packed queries, keys and values (B, N, 3, H, D)."""
         return self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Attend among the tokens (B, N, C) of each image; the shape stays."""
         qkv = self.project(x)
         if self.training and self.attention_dropout > 0:
             query, key, value = qkv.permute(2, 0, 3, 1, 4)
@@ -55,11 +57,12 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Transform each token (..., C) on its own; the shape stays."""
         return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); each branch is dropped per image with rate `drop_path`."""
+    """Transformer block: x + attention(norm(x)), then x + mlp(norm(x)); `drop_path` drops a branch of an image."""
 
     def __init__(
         self,
@@ -84,5 +87,6 @@ class Block(nn.Module):
         self.drop_path1, self.drop_path2 = (DropPath(drop_path) if drop_path > 0 else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Transform tokens (B, N, C); the shape stays."""
         x = x + self.drop_path1(self.attn(self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))

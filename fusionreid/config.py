@@ -2,17 +2,13 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
-
-class Section(BaseModel, strict=True, frozen=True, extra="forbid", allow_inf_nan=False):
-    """A part of the configuration. A text in a key's annotation says why that published key has no effect."""
-
+from fusionreid.schema import PathText, Section, Text
 
 Switch = Annotated[bool, Field(strict=False)]  # yes/no, on/off, true/false, 1/0
 Rate = Annotated[float, Field(ge=0, lt=1)]  # share that is dropped
-Text = Annotated[str, Field(min_length=1)]
 
 
 def _no(value: Any) -> Any:
@@ -23,11 +19,11 @@ class ModelConfig(Section):
     """What is built, with which weights it starts, and what its loss is made of."""
 
     DEVICE: Literal["cuda", "cpu"] = "cuda"  # cuda falls back to cpu where there is no GPU
-    LAST_STRIDE: Literal[1, 2] = 1  # of the CNN's last stage; 1 doubles the feature map
+    LAST_STRIDE: Literal[1, 2] = 1  # stride of the CNN's last stage; 1 doubles the feature map
     PRETRAIN_CHOICE: Literal["imagenet", "checkpoint", "none"] = "imagenet"  # checkpoint: fine-tune; none: random start
-    PRETRAIN_PATH: str = ""  # where PRETRAIN_CHOICE is checkpoint: a checkpoint folder or a published .pth file
-    PRETRAIN_PATH_R: str = "your CNN pretrained model path"  # weight file of the CNN
-    PRETRAIN_PATH_T: str = "your Transformer pretrained model path"  # weight file of the Transformer
+    PRETRAIN_PATH: PathText = ""  # where PRETRAIN_CHOICE is checkpoint: a checkpoint folder or a published .pth file
+    PRETRAIN_PATH_R: PathText = "your CNN pretrained model path"  # weight file of the CNN
+    PRETRAIN_PATH_T: PathText = "your Transformer pretrained model path"  # weight file of the Transformer
     RES_USE: Switch = True  # the CNN branch; the HTMs need both branches
     TRANS_USE: Switch = True  # the Transformer branch
     RES_MODE: Literal[1, 2, 3] = 1  # ResNet-50, ResNet-101, ResNet-152
@@ -46,8 +42,8 @@ class ModelConfig(Section):
     NECK: Annotated[Literal["bnneck", "no"], BeforeValidator(_no)] = "bnneck"  # batch norm before the CNN's classifier
     IF_LABELSMOOTH: Switch = True  # label smoothing 0.1 in the identity loss
     ID_LOSS_TYPE: Literal["softmax", "cosface", "arcface"] = "softmax"  # the others: cosines with a margin and a scale
-    ID_LOSS_WEIGHT: NonNegativeFloat = 1.0
-    TRIPLET_LOSS_WEIGHT: NonNegativeFloat = 1.0
+    ID_LOSS_WEIGHT: NonNegativeFloat = 1.0  # weight of the identity loss
+    TRIPLET_LOSS_WEIGHT: NonNegativeFloat = 1.0  # weight of the triplet loss
     NO_MARGIN: Switch = True  # soft-margin triplet loss; no: SOLVER.MARGIN
     IF_WITH_CENTER: Switch = False  # adds the center loss, SOLVER.CENTER_LOSS_WEIGHT
 

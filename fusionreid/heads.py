@@ -1,4 +1,4 @@
-"""A head: the batch-norm neck and the identity classifier of one feature vector.
+"""Head: the batch-norm neck and the identity classifier of one feature vector.
 
 Source: Luo et al., Bag of Tricks for Deep Person Re-identification, arXiv:1903.07071.
 """
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 
 class Head(nn.Module):
-    """The triplet loss sees the input, the classifier the normalised output; the neck's bias is frozen at 0.
+    """Batch-norm neck and classifier: the triplet loss sees the input, the classifier the normalised output.
 
-    With `neck=False` nothing is normalised. With `cosines` the logits are cosines between -1 and 1.
+    The neck's bias is frozen at 0. With `neck=False` nothing is normalised. With `cosines` the logits are cosines.
     """
 
     def __init__(self, width: int, num_classes: int, *, neck: bool = True, cosines: bool = False) -> None:
@@ -24,9 +24,11 @@ class Head(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Start the classifier as published."""
         nn.init.normal_(self.classifier.weight, std=0.001)
 
     def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the normalised feature (B, D) and the logits (B, Y) of a feature (B, D)."""
         normed = self.norm(feature)
         if self.cosines:
             return normed, F.linear(F.normalize(normed), F.normalize(self.classifier.weight))

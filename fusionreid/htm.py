@@ -28,15 +28,17 @@ class SEU(nn.Module):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
 
     def project(self, x: Tensor) -> Tensor:
+        """Project tokens (B, 1 + N, C) to packed queries, keys and values (B, 1 + N, 3, H, D)."""
         return self.block.attn.project(self.block.norm1(x))  # (B, 1 + N, 3, H, D)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Add the attended values (B, 1 + N, C) to the tokens, transform and normalise them."""
         x = x + self.block.attn.proj(attended)
         return self.norm(x + self.block.mlp(self.block.norm2(x)))
 
 
 class ClassAttention(nn.Module):
-    """Keys come from the normalised tokens, values from the tokens as they are; no biases but the output's."""
+    """Attention of a class token: keys of the normalised tokens, values of the tokens as they are, one bias."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -47,7 +49,7 @@ class ClassAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, cls: Tensor, tokens: Tensor) -> ClassStream:
-        """All but the attention itself, which serves both streams at once: a hook sees what it is made from."""
+        """Prepare all but the attention itself, which serves both streams at once; a hook sees what it is made from."""
         query = self.q(cls).unflatten(-1, (HEADS, -1))  # (B, H, D)
         norm = self.norm
         return ClassStream(query, tokens, norm.weight, norm.bias, norm.eps, self.k.weight, self.v.weight)
@@ -64,9 +66,11 @@ class MFU(nn.Module):
         self.mlp = Mlp(width, 4 * width)
 
     def stream(self, cls: Tensor, tokens: Tensor) -> ClassStream:
+        """Prepare the class token's attention over the other stream's patches."""
         return self.attn(self.norm1(cls), tokens)
 
     def finish(self, cls: Tensor, context: Tensor) -> Tensor:
+        """Add the attended context (B, C) to the class token (B, C) and transform it."""
         cls = cls + self.attn.proj(context)
         return cls + self.mlp(self.norm2(cls))
 
@@ -93,7 +97,7 @@ class HTMLayer(nn.Module):
         self.fusions = nn.ModuleList(MFU(width) for _ in range(num_fusions))
 
     def forward(self, cls: Pair, tokens: Pair) -> Pair:
-        """Class tokens (B, C) and patch tokens (B, N, C) of both streams -> the new class tokens."""
+        """Return the new class tokens (B, C) of both streams, given theirs and the patch tokens (B, N, C)."""
         if self.mode in (2, 3):
             cls = self.fuse(cls, tokens)
         if self.mode == 2:
@@ -105,25 +109,28 @@ class HTMLayer(nn.Module):
         return cls
 
     def encode(self, cls: Pair, tokens: Pair) -> Pair:
+        """Let the tokens of each stream, class token first, attend among themselves: two (B, 1 + N, C)."""
         cnn, transformer = self.encoders[0], self.encoders[-1]
         x_cnn, x_transformer = (torch.cat([c[:, None], t], 1) for c, t in zip(cls, tokens))  # (B, 1 + N, C)
         attended = dual_self_attention(cnn.project(x_cnn), transformer.project(x_transformer))
         return cnn.finish(x_cnn, attended[0]), transformer.finish(x_transformer, attended[1])
 
     def fuse(self, cls: Pair, tokens: Pair) -> Pair:
+        """Let each class token (B, C) attend over the other stream's patches (B, N, C)."""
         cnn, transformer = self.fusions[0], self.fusions[-1]
         context = dual_cross_attention(cnn.stream(cls[0], tokens[1]), transformer.stream(cls[1], tokens[0]))
         return cnn.finish(cls[0], context[0]), transformer.finish(cls[1], context[1])
 
 
 class HTM(nn.Module):
-    """Layers of exchange. Every layer reads the same patch tokens, only the class tokens move on."""
+    """Stack of exchange layers: each reads the same patch tokens, only the class tokens move on."""
 
     def __init__(self, width: int, layers: int, *, share: Share = "encoder", mode: int = 0) -> None:
         super().__init__()
         self.layers = nn.ModuleList(HTMLayer(width, share=share, mode=mode) for _ in range(layers))
 
     def forward(self, cls: Pair, tokens: Pair) -> Pair:
+        """Pass the class tokens (B, C) of both streams through all layers."""
         for layer in self.layers:
             cls = layer(cls, tokens)
         return cls

@@ -1,4 +1,4 @@
-"""The training loss: label-smoothed identity loss and batch-hard triplet loss of every head; center loss on one."""
+"""Training loss: label-smoothed identity loss and batch-hard triplet loss of every head; center loss on one."""
 
 import math
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,11 +15,13 @@ HEADS = ("resnet", "transformer", "res_lru", "former_lru", "htm_res", "htm_forme
 
 
 def head_names(cnn: bool, transformer: bool) -> tuple[str, ...]:
-    """The heads of a model with these branches, in the order of its outputs."""
+    """Return the names of the heads of a model with these branches, in the order of its outputs."""
     return HEADS if cnn and transformer else HEADS[:1] if cnn else HEADS[1:2]
 
 
 class LossParts(NamedTuple):
+    """Total loss and what it is made of."""
+
     total: Tensor  # (), fp32 at least
     identity: Tensor  # (heads,), not weighted
     triplet: Tensor  # (heads,), not weighted
@@ -27,9 +29,9 @@ class LossParts(NamedTuple):
 
 
 class CosineMargin(NamedTuple):
-    """Makes logits of cosines, with that of an image's own person harder: cos - m (cosface), cos(angle + m) (arcface).
+    """Margin on cosines: makes logits in which an image's own person is harder, cos - m (cosface) or cos(angle + m).
 
-    Past the angle pi - m, where that cosine would rise again, arcface goes on as cos - m sin m.
+    The latter is arcface; past the angle pi - m, where that cosine would rise again, it goes on as cos - m sin m.
     Source: Wang et al., CosFace, arXiv:1801.09414; Deng et al., ArcFace, arXiv:1801.07698.
     """
 
@@ -38,7 +40,7 @@ class CosineMargin(NamedTuple):
     scale: float
 
     def __call__(self, cosines: Tensor, persons: Tensor) -> Tensor:
-        """(B, Y) -> (B, Y) in fp32 at least."""
+        """Return the logits (B, Y) of cosines (B, Y), in fp32 at least; persons are labels (B,)."""
         cosines = cosines.to(torch.promote_types(cosines.dtype, torch.float32))
         own = cosines.gather(1, persons[:, None])
         if self.kind == "cosface":
@@ -59,9 +61,11 @@ class CenterLoss(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Start the centers as published: from a normal distribution."""
         nn.init.normal_(self.centers)
 
     def forward(self, feature_BD: Tensor, persons_B: Tensor) -> Tensor:
+        """Return the mean over the batch, a scalar."""
         difference_BD = feature_BD - self.centers[persons_B]  # in fp32 at least, as the centers are
         return difference_BD.square().sum(1).clamp(1e-12, 1e12).mean()
 
@@ -79,7 +83,7 @@ def reid_loss(
     center_weight: float = 0.0005,
     product_dtype: torch.dtype | None = None,
 ) -> LossParts:
-    """Sum over the heads of identity and triplet loss; persons are labels (B,). `margin=None`: soft margin.
+    """Sum identity and triplet loss over the heads; persons are labels (B,). `margin=None` is the soft margin.
 
     `cosine_margin` is for outputs whose logits are cosines; `product_dtype` is that of `batch_hard_triplet`.
     The published code's other rule, for a head that is itself a list, is left out: no model has such a head.

@@ -20,7 +20,7 @@ from fusionreid.refinement import LRU
 
 
 class Outputs(NamedTuple):
-    """One entry per head, in the order resnet, transformer, resnet LRU, former LRU, HTM resnet, HTM former.
+    """Outputs of all heads, in the order resnet, transformer, resnet LRU, former LRU, HTM resnet, HTM former.
 
     The triplet loss reads `features` (B, D), the identity loss `logits` (B, Y). A single branch has one head.
     """
@@ -30,7 +30,7 @@ class Outputs(NamedTuple):
     logits: tuple[Tensor, ...]
 
     def embedding(self, neck: str = "before", part: int = 0) -> Tensor:
-        """The test vector, `before` or `after` the neck: part 0 is all heads side by side, 1, 2, ... one of them."""
+        """Return the test vector, `before` or `after` the neck: part 0 is all heads side by side, 1, 2, ... one."""
         if neck not in ("before", "after"):
             raise ValueError(f"Outputs.embedding: neck must be 'before' or 'after', got {neck!r}")
         parts = self.features if neck == "before" else self.normed
@@ -40,7 +40,7 @@ class Outputs(NamedTuple):
 
 
 class FusionReID(nn.Module):
-    """Both branches with their fusion, or one branch alone (the other None, `layers` and `share` then mean nothing).
+    """CNN and Transformer with their fusion, or one branch alone: the other is None, `layers` has no effect.
 
     `cnn`: images -> (B, C, h, w), with `.width`; `transformer`: images, cameras -> (B, 1 + N, C), with `.width` and
     `.grid`. Each refinement unit is as wide as its branch, so T2T-ViT-24 and DeiT-S fuse too; the published code
@@ -79,24 +79,25 @@ class FusionReID(nn.Module):
             self.heads.extend(Head(width, num_classes, cosines=cosines) for _ in range(4))
 
     def reset_parameters(self) -> None:
-        """The start of every weight, after `to_empty` on a model that was built on the meta device."""
+        """Give every weight its start, after `to_empty` on a model that was built on the meta device."""
         for module in reversed(list(self.modules())):  # parts before the whole, which has the last word
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 
     @property
     def num_parameters(self) -> int:
+        """Number of parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property
     def num_parameters_in_paper(self) -> int:
-        """Counted as the paper's figure does: no classifiers, and of the Transformer no class token and no tables."""
+        """Number of parameters as the paper's figure counts: no classifiers, class token, position or camera tables."""
         classifiers = sum(head.classifier.weight.numel() for head in self.heads)
         tables = self.transformer.parameters(recurse=False) if self.transformer is not None else ()
         return self.num_parameters - classifiers - sum(table.numel() for table in tables)
 
     def forward(self, images: Tensor, cameras: Tensor | None = None) -> Outputs:
-        """Images (B, 3, H, W), normalised; cameras (B,) int64 where the Transformer has an embedding of them."""
+        """Compute the outputs of normalised images (B, 3, H, W); cameras (B,) int64 where they have an embedding."""
         features: list[Tensor] = []
         if self.cnn is not None:
             feature_map = self.cnn(images)
@@ -111,7 +112,7 @@ class FusionReID(nn.Module):
         return Outputs(tuple(features), normed, logits)
 
     def fuse(self, cnn_map: Tensor, transformer_map: Tensor) -> tuple[Tensor, ...]:
-        """Both branches' maps (B, C, h, w), each in its own size -> the last four features (B, D)."""
+        """Return the last four features (B, D), given the maps (B, C, h, w) of both branches, each in its own size."""
         cnn_map, transformer_map = self.cnn_lru(cnn_map), self.transformer_lru(transformer_map)  # (B, D, h, w)
         local = self.cnn_lru_pool(cnn_map), self.transformer_lru_pool(transformer_map)  # (B, D)
         tokens = cnn_map.flatten(2).transpose(1, 2), transformer_map.flatten(2).transpose(1, 2)  # (B, N, D)
@@ -121,7 +122,7 @@ class FusionReID(nn.Module):
 def build_model(
     config: ModelConfig, image_size: tuple[int, int] = (256, 128), num_classes: int = 751, num_cameras: int = 6
 ) -> FusionReID:
-    """The model of the MODEL section, with a random start. `image_size` is (height, width) in pixels."""
+    """Build the model of the MODEL section with random weights. `image_size` is (height, width) in pixels."""
     cnn = build_cnn(config.RES_MODE, config.RES_NAME, last_stride=config.LAST_STRIDE) if config.RES_USE else None
     return FusionReID(
         cnn,
@@ -137,6 +138,7 @@ def build_model(
 
 
 def build_transformer(config: ModelConfig, image_size: tuple[int, int], num_cameras: int) -> ViT:
+    """Build the Transformer branch of the MODEL section with random weights."""
     options: dict[str, Any] = {
         "image_size": image_size,
         "drop_path": config.DROP_PATH,

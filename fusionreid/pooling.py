@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class GeM(nn.Module):
-    """(B, C, H, W) -> (B, C); computed in at least float32, because x^p underflows in half precision."""
+    """Generalised mean pooling, in float32 at least, because x^p underflows in half precision."""
 
     def __init__(self, p: float = 3.0, eps: float = 1e-6) -> None:
         super().__init__()
@@ -17,8 +17,10 @@ class GeM(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Start p where it was given."""
         nn.init.constant_(self.p, self.initial_p)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Pool a map (B, C, H, W) to a vector (B, C)."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return x.clamp(min=self.eps).pow(self.p).mean((2, 3)).pow(1 / self.p)

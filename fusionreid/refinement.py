@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class LRU(nn.Module):
-    """Depth-wise and point-wise 1 x 1 convolution, each with batch norm and PReLU: (B, C, H, W) -> (B, D, H, W)."""
+    """Depth-wise and point-wise 1 x 1 convolution, each with batch norm and PReLU."""
 
     def __init__(self, in_width: int, out_width: int) -> None:
         super().__init__()
@@ -20,6 +20,7 @@ class LRU(nn.Module):
         self.act2 = nn.PReLU()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Refine a map (B, C, H, W) to (B, D, H, W)."""
         scale, shift = (t.to(x.dtype).view(-1, 1, 1) for t in (self.dwconv.weight, self.dwconv.bias))
         x = self.act1(self.bn1(torch.addcmul(shift, x, scale)))  # what the convolution means; it is slower
         return self.act2(self.bn2(self.ptconv(x)))

@@ -24,6 +24,15 @@ def on_device_of(x: Tensor) -> AbstractContextManager[None]:
     return torch.cuda.device_of(x)
 
 
-def capability() -> int:
-    """Of the GPU that kernels are compiled for, the current one, 90 for Hopper; the interpreter behaves as one."""
-    return 90 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
+def capability(device: torch.device | None = None) -> int:
+    """Compute capability of a GPU, 90 for Hopper, by default of the one that kernels are compiled for.
+
+    The interpreter behaves as a Hopper.
+    """
+    if INTERPRETED:
+        return 90
+    if device is not None and device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    arch: int = triton.runtime.driver.active.get_current_target().arch
+    return arch

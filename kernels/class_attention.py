@@ -1,11 +1,17 @@
 """Class attention of one or two streams: a class token attends over tokens whose keys and values are never projected.
 
-score[h, n] = scale q[h] . W_k[h] LN(y[n]),   p = softmax_n(score),   context[h] = sum_n p[h, n] W_v[h] y[n]
+    score[h, n] = scale q[h] . W_k[h] LN(y[n]),   p = softmax_n(score),   context[h] = sum_n p[h, n] W_v[h] y[n]
 
 W_k and the norm's weight move onto the query and W_v behind the sum, so that the tokens meet two products with (H, C)
 instead of two (C, C) projections. The norm's bias shifts all scores of a head alike and cancels: its gradient is zero.
 Source: weight absorption as in DeepSeek-V2, arXiv:2405.04434, here for a pooled query; CaiT, arXiv:2103.17239.
 B images, N tokens (each stream has its own N), C width, H heads, D head width.
+
+One program per image and stream reads the tokens once, forward and backward. A tile of tokens is cut into chunks of
+columns, [WARPS, TOKENS, WIDTH]. Each warp multiplies its own columns, so the products share no operands; only sums over
+columns, [TOKENS, HEADS], cross warps. HEADS is H + 1 padded to a block: row h of the keys is scale log2(e) norm_weight
+absorbed[h], and row H is all ones, so that its product with a token is the sum that the token's mean takes. Scores are
+in units of log 2. With KEEP the factors of all products stay on chip, without it they are read again where needed.
 """
 
 import math
@@ -15,13 +21,14 @@ from typing import Any, NamedTuple, overload
 import torch
 import torch.nn.functional as F
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from fusionreid.kernels._path import capability, on_device_of, use_triton
-from fusionreid.kernels.class_attention_backward import backward
-from fusionreid.kernels.class_attention_forward import forward
 
+FP32 = torch.finfo(torch.float32)
 LOG2_E = math.log2(math.e)
+LN_2 = tl.constexpr(math.log(2))
 MOST_SUMS = 2**14  # that a program of the kernels holds: heads, padded, times width
 
 
@@ -37,6 +44,49 @@ class ClassStream(NamedTuple):
     value_weight: Tensor  # (H * D, C)
 
 
+class Saved(NamedTuple):
+    """One stream's results of the forward kernel that its backward kernel needs, all float32."""
+
+    pooled: Any  # (B, H, C), not yet rounded to the dtype of the tokens
+    scores: Any  # (B, N, HEADS)
+    moments: Any  # (B, 2, N): each token's mean and reciprocal deviation
+    sums: Any  # (B, 3, HEADS): each head's highest score, the reciprocal sum of its softmax, the sum of its key
+
+
+class Rows(NamedTuple):
+    """A (B, rows, C) tensor as a kernel takes it, columns next to each other."""
+
+    ptr: Any
+    image_stride: int
+    row_stride: int
+
+
+class ForwardStream(NamedTuple):
+    """One stream's arguments of the forward kernel."""
+
+    num_tokens: int
+    tokens: Rows
+    absorbed: Rows
+    weight: Any
+    eps: float
+    pooled: Any
+    saved: Saved
+
+
+class BackwardStream(NamedTuple):
+    """One stream's arguments of the backward kernel."""
+
+    num_tokens: int
+    tokens: Rows
+    absorbed: Rows
+    weight: Any
+    saved: Saved
+    slope: Rows  # the gradient of pooled
+    d_tokens: Any
+    d_absorbed: Any
+    d_weight: Any  # (B, C), of each image
+
+
 @overload
 def dual_cross_attention(a: ClassStream, b: None = None, scale: float | None = None) -> Tensor: ...
 @overload
@@ -47,18 +97,24 @@ def dual_cross_attention(
     """The context (B, H * D) of each stream, in the query's dtype. `scale` is 1 / sqrt(D) unless given.
 
     Autocast is ignored: norm statistics, softmax and all sums are in float32 at least. On a GPU the factors of products
-    have the dtype of the tokens, on a CPU that of the sums.
+    have the dtype of the tokens, on a CPU that of the sums. Raises ValueError where a shape, dtype, device, the scale
+    or an epsilon is wrong, or where the heads and their width are more than a program holds.
     """
     streams = (a,) if b is None else (a, b)
     for stream in streams:
         _check(stream)
-    if b is not None and (a.query.shape != b.query.shape or a.tokens.dtype != b.tokens.dtype):
+    if b is not None and (
+        a.query.shape != b.query.shape or (a.tokens.dtype, a.tokens.device) != (b.tokens.dtype, b.tokens.device)
+    ):
         raise ValueError(
-            "dual_cross_attention: both streams must have the same images, heads and head width, and type of tokens, "
-            f"got queries {tuple(a.query.shape)} and {tuple(b.query.shape)}, {a.tokens.dtype} and {b.tokens.dtype}"
+            "dual_cross_attention: both streams must have the same images, heads and head width, and dtype and device "
+            f"of tokens, got queries {tuple(a.query.shape)} and {tuple(b.query.shape)}, {a.tokens.dtype} on "
+            f"{a.tokens.device} and {b.tokens.dtype} on {b.tokens.device}"
         )
     if scale is None:
         scale = a.query.shape[2] ** -0.5
+    elif not abs(scale) <= FP32.max / 2:
+        raise ValueError(f"dual_cross_attention: scale must be finite in float32, got {scale}")
     with torch.autocast("cuda" if a.tokens.is_cuda else "cpu", enabled=False):
         contexts = _attend_on_gpu(streams, scale) if use_triton(a.tokens) else [_attend(s, scale) for s in streams]
     return contexts[0] if b is None else (contexts[0], contexts[1])
@@ -81,6 +137,15 @@ def _check(stream: ClassStream) -> None:
     for name, shape in zip(names, (vector, vector, matrix, matrix)):
         if (got := tuple(getattr(stream, name).shape)) != shape:
             raise ValueError(f"dual_cross_attention: {name} must be {shape}, got {got}")
+    for name in ("query", "tokens", *names):
+        tensor = getattr(stream, name)
+        if not tensor.is_floating_point() or tensor.device != stream.tokens.device:
+            raise ValueError(
+                f"dual_cross_attention: {name} must be floating and on {stream.tokens.device} as the tokens are, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+    if not 0 <= stream.norm_eps <= FP32.max:
+        raise ValueError(f"dual_cross_attention: norm_eps must be finite and not below 0, got {stream.norm_eps}")
 
 
 def _attend(stream: ClassStream, scale: float) -> Tensor:
@@ -101,13 +166,11 @@ def _attend_on_gpu(streams: Sequence[ClassStream], scale: float) -> list[Tensor]
     if streams[0].tokens.shape[2] != streams[-1].tokens.shape[2]:
         return [_attend_on_gpu([stream], scale)[0] for stream in streams]
     dtype, heads = streams[0].tokens.dtype, streams[0].query.shape[1:]
-    key_weights = [s.key_weight.to(dtype).reshape(*heads, -1) for s in streams]  # (H, D, C)
-    value_weights = [s.value_weight.to(dtype).reshape(*heads, -1) for s in streams]
+    key_weights = [s.key_weight.to(dtype).unflatten(0, heads) for s in streams]  # (H, D, C)
+    value_weights = [s.value_weight.to(dtype).unflatten(0, heads) for s in streams]
     absorbed = [torch.einsum("bhd,hdc->bhc", s.query.to(dtype), w) for s, w in zip(streams, key_weights)]
-    tokens, norm_biases, norm_eps = (
-        [getattr(s, name) for s in streams] for name in ("tokens", "norm_bias", "norm_eps")
-    )
-    norm_weights = [s.norm_weight.contiguous() for s in streams]
+    tokens, norm_biases = [s.tokens for s in streams], [s.norm_bias for s in streams]
+    norm_weights, norm_eps = [s.norm_weight.contiguous() for s in streams], [s.norm_eps for s in streams]
     differentiable = any(x.requires_grad for x in (*tokens, *absorbed, *norm_weights, *norm_biases))
     needs_grad = torch.is_grad_enabled() and differentiable
     pooled = _forward(tokens, absorbed, norm_weights, norm_biases, norm_eps, scale, needs_grad)
@@ -117,92 +180,113 @@ def _attend_on_gpu(streams: Sequence[ClassStream], scale: float) -> list[Tensor]
 
 @torch.library.custom_op("fusionreid::class_attention", mutates_args=())
 def _forward(
-    tokens: Sequence[Tensor], absorbed: Sequence[Tensor], norm_weights: Sequence[Tensor], norm_biases: Sequence[Tensor],
-    norm_eps: Sequence[float], scale: float, save: bool,
-) -> list[Tensor]:  # fmt: skip
-    """The pooled tokens (B, H, C) of each stream, then, if they are to be saved, the traces (B, N + 3, HEADS)."""
+    tokens: Sequence[Tensor],
+    absorbed: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    norm_eps: Sequence[float],
+    scale: float,
+    save: bool,
+) -> list[Tensor]:
+    """The pooled tokens (B, H, C) of each stream, then, if they are to be saved, each stream's `Saved`."""
     results = _empty_results(tokens, absorbed, norm_weights, norm_biases, norm_eps, scale, save)
-    pooled, traces = results[: len(tokens)], results[len(tokens) :] or results
-    streams = [(*_rows(x), *rest) for x, *rest in zip(tokens, absorbed, norm_weights, norm_eps, pooled, traces)]
+    pooled = results[: len(tokens)]
+    saved = _saved(results[len(tokens) :]) if save else [Saved(out, out, out, out) for out in pooled]
+    streams = [
+        ForwardStream(x.shape[1], _rows(x), _rows(query), weight, eps, out, kept)
+        for x, query, weight, eps, out, kept in zip(tokens, absorbed, norm_weights, norm_eps, pooled, saved)
+    ]
     with on_device_of(tokens[0]):
-        grid, settings = _launch(tokens, absorbed)
-        forward[grid](streams[0], streams[-1], scale * LOG2_E, *absorbed[0].stride()[:2], TRACE=save, **settings)
+        grid, settings = _launch(tokens[0], absorbed)
+        stages = 1 if not settings["KEEP"] else 2 if capability() // 10 == 10 else 3  # without spills
+        forward_kernel[grid](streams[0], streams[-1], scale * LOG2_E, SAVE=save, STAGES=stages, **settings)
     return results
 
 
 @_forward.register_fake
 def _empty_results(
-    tokens: Sequence[Tensor], absorbed: Sequence[Tensor], norm_weights: Sequence[Tensor], norm_biases: Sequence[Tensor],
-    norm_eps: Sequence[float], scale: float, save: bool,
-) -> list[Tensor]:  # fmt: skip
-    pooled = [query.new_empty(query.shape) for query in absorbed]
-    heads = _padded_heads(absorbed[0].shape[1])
-    traces = [x.new_empty(x.shape[0], x.shape[1] + 3, heads, dtype=torch.float32) for x in tokens]
-    return pooled + traces if save else pooled
+    tokens: Sequence[Tensor],
+    absorbed: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    norm_eps: Sequence[float],
+    scale: float,
+    save: bool,
+) -> list[Tensor]:
+    results = [query.new_empty(query.shape) for query in absorbed]
+    if save:
+        for x, query in zip(tokens, absorbed):
+            images, count, heads = x.shape[0], x.shape[1], _padded_heads(query.shape[1])
+            shapes = Saved(query.shape, (images, count, heads), (images, 2, count), (images, 3, heads))
+            results += [x.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    return results
+
+
+def _saved(tensors: Sequence[Tensor]) -> list[Saved]:
+    width = len(Saved._fields)
+    return [Saved(*tensors[i : i + width]) for i in range(0, len(tensors), width)]
 
 
 @torch.library.custom_op("fusionreid::class_attention_backward", mutates_args=())
 def _backward(
-    tokens: Sequence[Tensor], absorbed: Sequence[Tensor], norm_weights: Sequence[Tensor], pooled: Sequence[Tensor],
-    traces: Sequence[Tensor], grads: Sequence[Tensor], scale: float,
-) -> list[Tensor]:  # fmt: skip
+    tokens: Sequence[Tensor],
+    absorbed: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    scale: float,
+) -> list[Tensor]:
     """The gradients of all tokens, then of what the queries absorbed, then of the norms' weights."""
-    grads = _alike(grads)
-    of_tokens = [x.new_empty(x.shape) for x in tokens]
-    of_absorbed = [torch.empty_like(query) for query in absorbed]
-    of_weights = [x.new_empty(x.shape[0], x.shape[2], dtype=torch.float32) for x in tokens]  # by each image
+    d_tokens = [x.new_empty(x.shape) for x in tokens]
+    d_absorbed = [query.new_empty(query.shape) for query in absorbed]
+    d_weights = [x.new_empty(x.shape[0], x.shape[2], dtype=torch.float32) for x in tokens]  # of each image
     streams = [
-        (*_rows(x), *rest)
-        for x, *rest in zip(tokens, absorbed, norm_weights, pooled, traces, grads, of_tokens, of_absorbed, of_weights)
+        BackwardStream(x.shape[1], _rows(x), _rows(query), weight, kept, _rows(grad), *found)
+        for x, query, weight, kept, grad, *found in zip(
+            tokens, absorbed, norm_weights, _saved(saved), grads, d_tokens, d_absorbed, d_weights
+        )
     ]
-    strides = *absorbed[0].stride()[:2], *grads[0].stride()[:2]
     with on_device_of(tokens[0]):
-        grid, settings = _launch(tokens, absorbed)
-        backward[grid](streams[0], streams[-1], scale * LOG2_E, *strides, **settings)
-    return [*of_tokens, *of_absorbed, *(x.sum(0).to(w.dtype) for x, w in zip(of_weights, norm_weights))]
+        grid, settings = _launch(tokens[0], absorbed)
+        stages = 2 if settings["KEEP"] else 1
+        backward_kernel[grid](streams[0], streams[-1], scale * LOG2_E, STAGES=stages, **settings)
+    return [*d_tokens, *d_absorbed, *(x.sum(0).to(w.dtype) for x, w in zip(d_weights, norm_weights))]
 
 
 @_backward.register_fake
 def _(tokens: Sequence[Tensor], absorbed: Sequence[Tensor], norm_weights: Sequence[Tensor], *_: Any) -> list[Tensor]:
-    of_tokens = [x.new_empty(x.shape) for x in tokens]
-    return [*of_tokens, *map(torch.empty_like, absorbed), *(w.new_empty(w.shape) for w in norm_weights)]
+    return [x.new_empty(x.shape) for x in (*tokens, *absorbed, *norm_weights)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     tokens, absorbed, norm_weights, norm_biases, _, ctx.scale, _ = inputs
-    ctx.save_for_backward(*tokens, *absorbed, *norm_weights, *norm_biases, *output)
+    ctx.save_for_backward(*tokens, *absorbed, *norm_weights, *norm_biases, *output[len(tokens) :])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    n = len(saved) // 6
-    tokens, absorbed, norm_weights, norm_biases, pooled, traces = (saved[i * n : i * n + n] for i in range(6))
-    slopes = [torch.zeros_like(y) if grad is None else grad for grad, y in zip(grads, pooled)]
-    found = _backward(tokens, absorbed, norm_weights, pooled, traces, slopes, ctx.scale)
-    of_biases = [torch.zeros_like(bias) for bias in norm_biases]  # a bias moves all scores of a head alike
-    return found[:n], found[n : 2 * n], found[2 * n :], of_biases, None, None, None
+def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    n = len(tensors) // (4 + len(Saved._fields))  # streams
+    tokens, absorbed, norm_weights, norm_biases = (tensors[i * n : i * n + n] for i in range(4))
+    slopes = [torch.zeros_like(query) if grad is None else grad for grad, query in zip(grads, absorbed)]
+    found = _backward(tokens, absorbed, norm_weights, tensors[4 * n :], slopes, ctx.scale)
+    d_biases = [torch.zeros_like(bias) for bias in norm_biases]  # a bias moves all scores of a head alike
+    return found[:n], found[n : 2 * n], found[2 * n :], d_biases, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def _alike(grads: Sequence[Tensor]) -> list[Tensor]:
-    """With the same strides, the last of them 1: as the products with the weights leave them, or copied."""
-    strides = {grad.stride() for grad in grads}
-    return [grad if len(strides) == 1 and grad.stride(-1) == 1 else grad.contiguous() for grad in grads]
-
-
-def _rows(tokens: Tensor) -> tuple[Tensor, int, int, int]:
-    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
-    return tokens, tokens.shape[1], *tokens.stride()[:2]
+def _rows(x: Tensor) -> Rows:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return Rows(x, *x.stride()[:2])
 
 
 def _padded_heads(heads: int) -> int:
-    return max(16, triton.next_power_of_2(heads + 2))
+    return max(16, triton.next_power_of_2(heads + 1))
 
 
-def _launch(tokens: Sequence[Tensor], absorbed: Sequence[Tensor]) -> tuple[tuple[int, int], dict[str, Any]]:
+def _launch(tokens: Tensor, absorbed: Sequence[Tensor]) -> tuple[tuple[int, int], dict[str, Any]]:
     """Grid and settings. Where the factors do not fit on chip beside the sums, they are read again where needed: those
     of 4 bytes, and all on GPUs whose programs have 99 KiB of shared memory (8.6, 8.9, 12.0) and not 163 or more."""
     images, heads, width = absorbed[0].shape
@@ -214,8 +298,267 @@ def _launch(tokens: Sequence[Tensor], absorbed: Sequence[Tensor]) -> tuple[tuple
         )
     settings = {"H": heads, "HEADS": padded, "C": width, "TOKENS": 16}
     has_room = capability() == 80 or capability() // 10 in (9, 10)
-    if tokens[0].element_size() == 4 or not has_room:
-        settings |= {"WARPS": 8, "WIDTH": 16, "STAGES": 1, "KEEP": False, "num_warps": 8}
+    if tokens.element_size() == 4 or not has_room:
+        settings |= {"WARPS": 8, "WIDTH": 16, "KEEP": False, "num_warps": 8}
     else:
-        settings |= {"WARPS": 4, "WIDTH": 32, "STAGES": 2, "KEEP": True, "num_warps": 4}
-    return (images, len(tokens)), settings
+        settings |= {"WARPS": 4, "WIDTH": 32, "KEEP": True, "num_warps": 4}
+    return (images, len(absorbed)), settings
+
+
+@triton.jit
+def forward_kernel(
+    a, b, multiplier,
+    H: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr, WARPS: tl.constexpr, WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr, KEEP: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
+    """Grid (B, streams): pooled[h] = softmax_n(score[h, n]) tokens[n], softmax online, sums in float32."""
+    stream = b
+    if tl.program_id(1) == 0:
+        stream = a
+    count, weight = stream.num_tokens, stream.weight
+    image = tl.program_id(0).to(tl.int64)
+    tokens, token_stride = stream.tokens.ptr + image * stream.tokens.image_stride, stream.tokens.row_stride
+    absorbed, head_stride = stream.absorbed.ptr + image * stream.absorbed.image_stride, stream.absorbed.row_stride
+    dtype: tl.constexpr = tokens.dtype.element_ty
+    head = tl.arange(0, HEADS)
+    CHUNKS: tl.constexpr = (C + WARPS * WIDTH - 1) // (WARPS * WIDTH)
+
+    keys: tl.tuple = ()
+    context: tl.tuple = ()
+    origin = tl.zeros([HEADS], tl.float32)
+    key_sums = tl.zeros([WARPS, HEADS, WIDTH], tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        key = _load_key(absorbed, weight, multiplier, origin, head_stride, dtype, chunk, H, HEADS, C, WARPS, WIDTH)
+        key_sums += key.to(tl.float32)
+        if KEEP:
+            keys += (key,)
+        context += (tl.zeros([WARPS, HEADS, WIDTH], tl.float32),)
+    key_sums = tl.sum(tl.sum(key_sums, 2), 0)  # [HEADS]
+    highest = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+
+    for first in tl.range(0, count, TOKENS, num_stages=STAGES):
+        token = first + tl.arange(0, TOKENS)
+        valid = token < count
+        # the variance around a value of the token itself: a large mean does not cancel the digits away
+        anchor = tl.load(tokens + token * token_stride, mask=valid, other=0.0).to(tl.float32)
+        products = tl.zeros([WARPS, TOKENS, HEADS], tl.float32)
+        squares = tl.zeros([WARPS, TOKENS, WIDTH], tl.float32)
+        tile: tl.tuple = ()
+        if KEEP:
+            for chunk in tl.static_range(CHUNKS):
+                values = _load_tile(tokens, token, valid, token_stride, chunk, C, WARPS, WIDTH)
+                products = tl.dot(values, tl.permute(keys[chunk], (0, 2, 1)), products)
+                squares += _squared_distance(values, anchor, chunk, C, WARPS, WIDTH)
+                tile += (values,)
+        else:
+            for block in tl.range(CHUNKS, num_stages=1):
+                values = _load_tile(tokens, token, valid, token_stride, block, C, WARPS, WIDTH)
+                key = _load_key(
+                    absorbed, weight, multiplier, origin, head_stride, dtype, block, H, HEADS, C, WARPS, WIDTH
+                )
+                products = tl.dot(values, tl.permute(key, (0, 2, 1)), products, input_precision="tf32x3")
+                squares += _squared_distance(values, anchor, block, C, WARPS, WIDTH)
+        products = tl.sum(products, 0)  # [TOKENS, HEADS]
+        mean = tl.sum(tl.where(head[None, :] == H, products, 0.0), 1) / C
+        variance = tl.sum(tl.sum(squares, 2), 0) / C - (mean - anchor) * (mean - anchor)
+        rstd = tl.rsqrt(tl.maximum(variance, 0.0, propagate_nan=tl.PropagateNan.ALL) + stream.eps)
+        scores = rstd[:, None] * (products - mean[:, None] * key_sums[None, :])
+        if SAVE:
+            moments = stream.saved.moments + image * 2 * count + token
+            tl.store(moments, mean, mask=valid)
+            tl.store(moments + count, rstd, mask=valid)
+            row = stream.saved.scores + (image * count + token) * HEADS
+            tl.store(row[:, None] + head[None, :], scores, mask=valid[:, None])
+        scores = tl.where(valid[:, None], scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 0))
+        decay = tl.exp2(highest - higher)
+        share = tl.exp2(scores - higher[None, :]).to(dtype)
+        total = total * decay + tl.sum(share.to(tl.float32), 0)  # of the rounded ones: with them the weights sum to 1
+        highest = higher
+        share = tl.broadcast_to(tl.trans(share)[None], [WARPS, HEADS, TOKENS])
+        summed: tl.tuple = ()
+        for chunk in tl.static_range(CHUNKS):
+            values = tile[chunk] if KEEP else _load_tile(tokens, token, valid, token_stride, chunk, C, WARPS, WIDTH)
+            kept = context[chunk] * decay[None, :, None]
+            summed += (tl.dot(share, values, kept, input_precision="tf32x3"),)
+        context = summed
+
+    if SAVE:
+        sums = stream.saved.sums + image * 3 * HEADS + head
+        tl.store(sums, highest)
+        tl.store(sums + HEADS, 1 / total)
+        tl.store(sums + 2 * HEADS, key_sums)
+    for chunk in tl.static_range(CHUNKS):
+        pooled = context[chunk] * (1 / total)[None, :, None]
+        at = image * H * C
+        _store_tile(stream.pooled + at, pooled, head, head < H, C, chunk, C, WARPS, WIDTH)
+        if SAVE:
+            _store_tile(stream.saved.pooled + at, pooled, head, head < H, C, chunk, C, WARPS, WIDTH)
+
+
+@triton.jit
+def backward_kernel(
+    a, b, multiplier,
+    H: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr, WARPS: tl.constexpr, WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Grid (B, streams). With ds = share (slope . token - slope . pooled), per token, r its reciprocal deviation and m
+    its mean:
+
+    d_key[h] = sum_n ds r (token - m)
+    d_token = sum_h (share slope[h] + ds r (key[h] - its mean)) - r^2 (token - m) sum_h (ds score) / C
+    """
+    stream = b
+    if tl.program_id(1) == 0:
+        stream = a
+    count, weight, saved = stream.num_tokens, stream.weight, stream.saved
+    image = tl.program_id(0).to(tl.int64)
+    tokens, token_stride = stream.tokens.ptr + image * stream.tokens.image_stride, stream.tokens.row_stride
+    absorbed, head_stride = stream.absorbed.ptr + image * stream.absorbed.image_stride, stream.absorbed.row_stride
+    slope, slope_stride = stream.slope.ptr + image * stream.slope.image_stride, stream.slope.row_stride
+    d_tokens = stream.d_tokens + image * count * C
+    dtype: tl.constexpr = tokens.dtype.element_ty
+    head = tl.arange(0, HEADS)
+    CHUNKS: tl.constexpr = (C + WARPS * WIDTH - 1) // (WARPS * WIDTH)
+
+    sums = saved.sums + image * 3 * HEADS + head
+    highest, inverse, key_mean = tl.load(sums), tl.load(sums + HEADS), tl.load(sums + 2 * HEADS) / C
+    keys: tl.tuple = ()
+    slopes: tl.tuple = ()
+    d_keys: tl.tuple = ()
+    delta = tl.zeros([WARPS, HEADS, WIDTH], tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        upstream = _load_tile(slope, head, head < H, slope_stride, chunk, C, WARPS, WIDTH)
+        pooled = _load_tile(saved.pooled + image * H * C, head, head < H, C, chunk, C, WARPS, WIDTH)
+        delta += upstream.to(tl.float32) * pooled
+        if KEEP:
+            key = _load_key(
+                absorbed, weight, multiplier, key_mean, head_stride, dtype, chunk, H, HEADS, C, WARPS, WIDTH
+            )
+            keys += (key,)
+            slopes += (upstream,)
+        d_keys += (tl.zeros([WARPS, HEADS, WIDTH], tl.float32),)
+    delta = tl.sum(tl.sum(delta, 2), 0)  # [HEADS]
+
+    for first in tl.range(0, count, TOKENS, num_stages=STAGES):
+        token = first + tl.arange(0, TOKENS)
+        valid = token < count
+        moments = saved.moments + image * 2 * count + token
+        mean, rstd = tl.load(moments, mask=valid, other=0.0), tl.load(moments + count, mask=valid, other=0.0)
+        row = saved.scores + (image * count + token) * HEADS
+        scores = tl.load(row[:, None] + head[None, :], mask=valid[:, None], other=0.0)
+        d_share = tl.zeros([WARPS, TOKENS, HEADS], tl.float32)
+        tile: tl.tuple = ()
+        if KEEP:
+            for chunk in tl.static_range(CHUNKS):
+                values = _load_tile(tokens, token, valid, token_stride, chunk, C, WARPS, WIDTH)
+                d_share = tl.dot(values, tl.permute(slopes[chunk], (0, 2, 1)), d_share)
+                tile += (values,)
+        else:
+            for block in tl.range(CHUNKS, num_stages=1):
+                values = _load_tile(tokens, token, valid, token_stride, block, C, WARPS, WIDTH)
+                upstream = _load_tile(slope, head, head < H, slope_stride, block, C, WARPS, WIDTH)
+                d_share = tl.dot(values, tl.permute(upstream, (0, 2, 1)), d_share, input_precision="tf32x3")
+        d_share = tl.sum(d_share, 0)  # [TOKENS, HEADS]
+        inside = valid[:, None] & (head < H)[None, :]
+        share = tl.where(inside, tl.exp2(scores - highest[None, :]) * inverse[None, :], 0.0)
+        # a share of 1 has no slope; what the difference shows there is rounding
+        d_scores = tl.where(share == 1, 0.0, share * (d_share - delta[None, :]) * LN_2)
+        d_scores = (d_scores * rstd[:, None]).to(dtype)
+        shrink = (tl.sum(d_scores.to(tl.float32) * scores, 1) * rstd / C).to(dtype).to(tl.float32)
+        shift = mean * shrink
+        diagonal = tl.arange(0, TOKENS)[:, None] == tl.arange(0, TOKENS)[None, :]
+        diagonal = tl.where(diagonal, -shrink[:, None], 0.0).to(dtype)
+        diagonal = tl.broadcast_to(diagonal[None], [WARPS, TOKENS, TOKENS])
+        share = tl.broadcast_to(share.to(dtype)[None], [WARPS, TOKENS, HEADS])
+        by_head = tl.broadcast_to(tl.trans(d_scores)[None], [WARPS, HEADS, TOKENS])
+        by_token = tl.broadcast_to(d_scores[None], [WARPS, TOKENS, HEADS])
+        if not KEEP:
+            for block in tl.range(CHUNKS, num_stages=1):
+                values = _load_tile(tokens, token, valid, token_stride, block, C, WARPS, WIDTH)
+                upstream = _load_tile(slope, head, head < H, slope_stride, block, C, WARPS, WIDTH)
+                key = _load_key(
+                    absorbed, weight, multiplier, key_mean, head_stride, dtype, block, H, HEADS, C, WARPS, WIDTH
+                )
+                d_values = _token_gradient(share, upstream, by_token, key, diagonal, values, shift)
+                _store_tile(d_tokens, d_values, token, valid, C, block, C, WARPS, WIDTH)
+        summed: tl.tuple = ()
+        for chunk in tl.static_range(CHUNKS):
+            values = tile[chunk] if KEEP else _load_tile(tokens, token, valid, token_stride, chunk, C, WARPS, WIDTH)
+            if KEEP:
+                d_values = _token_gradient(share, slopes[chunk], by_token, keys[chunk], diagonal, values, shift)
+                _store_tile(d_tokens, d_values, token, valid, C, chunk, C, WARPS, WIDTH)
+            summed += (tl.dot(by_head, values, d_keys[chunk], input_precision="tf32x3"),)
+        d_keys = summed
+
+    centre = tl.zeros([WARPS, HEADS, WIDTH], tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        centre += d_keys[chunk]
+    centre = tl.sum(tl.sum(centre, 2), 0) / C  # [HEADS]: sum_n ds r m, since columns past C are zero
+    for chunk in tl.static_range(CHUNKS):
+        columns = _columns_of(chunk, WARPS, WIDTH)
+        d_key = d_keys[chunk] - centre[None, :, None]
+        scaled = d_key * _load_weight(weight, multiplier, chunk, C, WARPS, WIDTH)
+        _store_tile(stream.d_absorbed + image * H * C, scaled, head, head < H, C, chunk, C, WARPS, WIDTH)
+        query = _load_tile(absorbed, head, head < H, head_stride, chunk, C, WARPS, WIDTH).to(tl.float32)
+        d_weight = tl.sum(query * d_key, 1)[:, None, :] * multiplier
+        tl.store(stream.d_weight + image * C + columns, d_weight, mask=columns < C)
+
+
+@triton.jit
+def _token_gradient(share, slope, by_token, key, diagonal, values, shift):
+    sums = tl.broadcast_to(shift[None, :, None], values.shape)
+    sums = tl.dot(share, slope, sums, input_precision="tf32x3")
+    sums = tl.dot(by_token, key, sums, input_precision="tf32x3")
+    return tl.dot(diagonal, values, sums, input_precision="tf32x3")  # [WARPS, TOKENS, WIDTH]
+
+
+@triton.jit
+def _columns_of(chunk, WARPS: tl.constexpr, WIDTH: tl.constexpr):
+    within = tl.arange(0, WARPS)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+    return chunk * WARPS * WIDTH + within  # [WARPS, 1, WIDTH]
+
+
+@triton.jit
+def _load_tile(ptr, rows, mask, stride, chunk, C: tl.constexpr, WARPS: tl.constexpr, WIDTH: tl.constexpr):
+    columns = _columns_of(chunk, WARPS, WIDTH)
+    mask = mask[None, :, None]
+    if C % (WARPS * WIDTH) != 0:
+        mask = mask & (columns < C)
+    return tl.load(ptr + rows[None, :, None] * stride + columns, mask=mask, other=0.0)  # [WARPS, len(rows), WIDTH]
+
+
+@triton.jit
+def _store_tile(ptr, value, rows, mask, stride, chunk, C: tl.constexpr, WARPS: tl.constexpr, WIDTH: tl.constexpr):
+    columns = _columns_of(chunk, WARPS, WIDTH)
+    mask = mask[None, :, None]
+    if C % (WARPS * WIDTH) != 0:
+        mask = mask & (columns < C)
+    tl.store(ptr + rows[None, :, None] * stride + columns, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_weight(ptr, multiplier, chunk, C: tl.constexpr, WARPS: tl.constexpr, WIDTH: tl.constexpr):
+    columns = _columns_of(chunk, WARPS, WIDTH)
+    return tl.load(ptr + columns, mask=columns < C, other=0.0).to(tl.float32) * multiplier
+
+
+@triton.jit
+def _load_key(
+    absorbed, weight, multiplier, centre, head_stride, dtype: tl.constexpr, chunk,
+    H: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr, WARPS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    head = tl.arange(0, HEADS)
+    key = _load_tile(absorbed, head, head < H, head_stride, chunk, C, WARPS, WIDTH).to(tl.float32)
+    key = key * _load_weight(weight, multiplier, chunk, C, WARPS, WIDTH)
+    key = tl.where(head[None, :, None] == H, 1.0, key)
+    return (key - centre[None, :, None]).to(dtype)  # [WARPS, HEADS, WIDTH]
+
+
+@triton.jit
+def _squared_distance(values, anchor, chunk, C: tl.constexpr, WARPS: tl.constexpr, WIDTH: tl.constexpr):
+    distance = values.to(tl.float32) - anchor[None, :, None]
+    if C % (WARPS * WIDTH) != 0:
+        distance = tl.where(_columns_of(chunk, WARPS, WIDTH) < C, distance, 0.0)
+    return distance * distance  # [WARPS, TOKENS, WIDTH]

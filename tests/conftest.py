@@ -1,23 +1,74 @@
 """What every test stands on: the interpreter without a GPU, seeds, determinism, the recorded numbers."""
 
+import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 HAS_GPU = torch.cuda.is_available()
 if HAS_GPU:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else a deterministic product is an error there
 else:
-    os.environ["TRITON_INTERPRET"] = "1"  # read once, when a kernel is first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when a kernel is first imported
 
 import pytest  # noqa: E402
+import triton.language as tl  # noqa: E402
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def _is_bf16(operand: Any) -> bool:
+    return isinstance(operand, TensorHandle) and operand.dtype.scalar == tl.bfloat16
+
+
+def _widened(operand: TensorHandle) -> TensorHandle:
+    if not _is_bf16(operand):
+        return operand
+    return TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def _refuses_bf16(name: str) -> Callable[..., TensorHandle]:
+    method = getattr(InterpreterBuilder, name)
+
+    def checked(self: InterpreterBuilder, *operands: Any) -> TensorHandle:
+        if any(map(_is_bf16, operands)) and operands[-1] is not np.where:
+            raise TypeError("Triton's interpreter computes with the bits of bf16: convert to tl.float32 in the kernel")
+        return method(self, *operands)
+
+    return checked
+
+
+def _teach_the_interpreter_bf16() -> None:
+    """Make it round to bf16, as a GPU does, and multiply in float32; other arithmetic in bf16 is an error.
+
+    It keeps bf16 as uint16, computes with these bits, and drops those of a float32 that do not fit.
+    """
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def rounded(self: InterpreterBuilder, operand: TensorHandle, dtype: tl.dtype) -> TensorHandle:
+        if (operand.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, operand, dtype)
+        bits = torch.from_numpy(np.ascontiguousarray(operand.data)).bfloat16().view(torch.uint16).numpy()
+        return TensorHandle(bits, tl.bfloat16)
+
+    InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, _widened(a), _widened(b), *rest)
+    InterpreterBuilder.cast_impl = rounded
+    for name in ("unary_op", "binary_op", "ternary_op", "create_fma", "create_fabs"):
+        setattr(InterpreterBuilder, name, _refuses_bf16(name))
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _teach_the_interpreter_bf16()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "sweep" not in config.option.markexpr:
+        items[:] = [item for item in items if item.get_closest_marker("sweep") is None]
     for item in items:
         marker = item.get_closest_marker("needs_gpu")
         if marker is not None and not HAS_GPU:
@@ -35,6 +86,16 @@ def _reproducible() -> None:
 def _two_threads() -> None:
     """Of all test processes together."""
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file can be synced any more."""
+
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
 
 
 @pytest.fixture

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fusionreid.dataloading.loader import Batch
-from fusionreid.engine.checkpoints.load_model import build, load_model
+from fusionreid.engine.checkpoints.load_model import build
 from fusionreid.engine.config import Config
 from fusionreid.engine.distributed import parallel
 from fusionreid.engine.training.optim import Optimizer
+from fusionreid.engine.training.state import Parts, restore
 from fusionreid.engine.training.train_step import TrainStep
 from tests.runs import ROOT
 
@@ -31,18 +32,20 @@ def config(**sections: dict[str, Any]) -> Config:
         {
             "MODEL": MODEL | sections.get("MODEL", {}),
             "INPUT": {"SIZE_TRAIN": [32, 16], "SIZE_TEST": [32, 16]},
-            "DATALOADER": {"NUM_INSTANCE": IMAGES // PERSONS},
+            "DATALOADER": {"NUM_INSTANCE": IMAGES // PERSONS} | sections.get("DATALOADER", {}),
             "SOLVER": solver | sections.get("SOLVER", {}),
             "PARALLEL": {"COMPILE": "off"} | sections.get("PARALLEL", {}),
         }
     )
 
 
-def batch(step: int, part: slice, dtype: torch.dtype) -> Batch:
+def batch(
+    step: int, part: slice, dtype: torch.dtype, num_images: int = IMAGES, instances: int = IMAGES // PERSONS
+) -> Batch:
     """A part of the batch of a step, the same everywhere."""
     generator = torch.Generator().manual_seed(step)
-    images = torch.randn(IMAGES, 3, 32, 16, generator=generator).to(dtype)
-    persons, places = torch.arange(IMAGES) // (IMAGES // PERSONS), torch.arange(IMAGES)
+    images = torch.randn(num_images, 3, 32, 16, generator=generator).to(dtype)
+    persons, places = torch.arange(num_images) // instances, torch.arange(num_images)
     return Batch(
         images[part].contiguous(memory_format=torch.channels_last), persons[part], places[part] % 2, places[part]
     )
@@ -53,27 +56,25 @@ def train(
 ) -> dict[str, Tensor]:
     """Losses, weights, statistics and optimiser state after these steps, whole, by name; `start` is such a result."""
     ranks = parallel.start("cpu")
+    size = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
     torch.manual_seed(5)
-    model = parallel.shard(build(cfg, PERSONS, 2).to(dtype), ranks, cfg.PARALLEL)
+    model = parallel.shard(build(cfg, size[0] // size[1], 2).to(dtype), ranks, cfg.PARALLEL)
     optimizer = Optimizer(model, cfg.SOLVER, ranks.device)
     optimizer.set_epoch(2)
-    if start:
-        load_model(model, {name[6:]: t for name, t in start.items() if name.startswith("model/")})
-        whole = {name[10:]: t for name, t in start.items() if name.startswith("optimizer/")}
-        optimizer.load(
-            {name: parallel.shard_like(t, optimizer.parameters[name.rsplit("/", 1)[0]]) for name, t in whole.items()}
-        )
     model.train()
     step = TrainStep(model, optimizer, cfg, ranks)
+    if start:
+        restore(_parts(start) if ranks.main else None, model, step, ranks)
     losses, norms = [], []
-    share = IMAGES // ranks.world_size
+    share = size[0] // ranks.world_size
     for number in steps:
         step.clear()
-        step(batch(number, slice(ranks.rank * share, (ranks.rank + 1) * share), dtype), number)
-        losses.append(step.sums.clone())
+        step(batch(number, slice(ranks.rank * share, (ranks.rank + 1) * share), dtype, *size), number)
+        report = step.read()
+        losses.append(torch.tensor([*report.identity, *report.triplet, report.accuracy], dtype=torch.float64))
         norms.append(optimizer.take_gradient_norm())
-        if step.average:  # as in an evaluation between two steps, which must leave no trace
-            with step.average.shown(), torch.no_grad():
+        if step.ema:  # as in an evaluation between two steps, which must leave no trace
+            with step.ema.applied(), torch.no_grad():
                 model.eval()(batch(0, slice(2), dtype).images, torch.zeros(2, dtype=torch.int64))
             parallel.reshard(model.train())
     parallel.equalise_statistics(model)
@@ -81,6 +82,16 @@ def train(
     for entry, t in optimizer.state().items():
         result[f"optimizer/{entry}"] = parallel.full_tensor(t, like=optimizer.parameters[entry.rsplit("/", 1)[0]])
     return result | {"losses": torch.stack(losses), "gradient_norms": torch.stack(norms)} if losses else result
+
+
+def _parts(result: dict[str, Tensor]) -> Parts:
+    """What a checkpoint of this state holds; the average of the weights is theirs."""
+    parts: Parts = {"model": {}, "optimizer": {}}
+    for name, tensor in result.items():
+        part, _, entry = name.partition("/")
+        if part in parts:
+            parts[part][entry] = tensor
+    return parts | {"average": {name: t for name, t in parts["model"].items() if t.is_floating_point()}}
 
 
 def launch(processes: int, work: list[dict[str, Any]], folder: Path) -> subprocess.Popen[str]:
@@ -107,7 +118,7 @@ def main() -> None:
         if torch.distributed.get_rank() == 0:
             save_file({name: t.clone() for name, t in result.items()}, folder / piece["name"])
         torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    parallel.finish()
 
 
 if __name__ == "__main__":

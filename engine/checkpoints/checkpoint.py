@@ -1,20 +1,15 @@
-"""Checkpoints: folders of safetensors and JSON, renamed when whole and never believed without their digests.
-
-`step-00000123/` holds <part>.safetensors (model, optimizer, ...), state.json, and manifest.json with a digest of each.
-Reading one runs no code, so a checkpoint may come from anyone.
-"""
+"""Checkpoint folders: written whole or not at all, verified when read, found again by step number."""
 
 import errno
-import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,23 +18,36 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fusionreid.engine.storage import StorageError, write_json
+from fusionreid.engine.checkpoints.retention import KEEP, Progress, to_remove
+from fusionreid.engine.storage import StorageError
+from fusionreid.files import atomic_write
+from fusionreid.sealed import entries, seal, unseal
+from fusionreid.weights.checkpoint_files import (
+    FORMAT,
+    MANIFEST,
+    STATE,
+    TENSORS,
+    CheckpointError,
+    DamagedError,
+    verify,
+)
 
-FORMAT = 1
-MANIFEST, STATE, BEST, TENSORS = "manifest.json", "state.json", "best.json", ".safetensors"
-TABLE_ROWS = 20  # of a comparison; the rest is counted
+__all__ = ["STATE", "CheckpointError", "DamagedError", "verify"]
+
+BEST = "best.json"
+ASIDE, DRAFT, REMOVED = ".tmp-old-", ".tmp-", ".tmp-removed-"  # before the name of a checkpoint
 
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that does not fit, is of another format, or is damaged."""
+def folder_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return root / f"step-{step:08d}"
 
-    exit_code = 3
 
-
-class DamagedError(CheckpointError):
-    """Bytes are missing or are not those that were written."""
+def step_of(path: Path) -> int:
+    """Step number of a checkpoint folder."""
+    return int(path.name.removeprefix("step-"))
 
 
 def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
@@ -47,7 +55,8 @@ def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], sta
 
     Each part of `tensors` becomes a file. Step, format and versions are added to `state`, which must fit into JSON.
     """
-    final, temporary = root / f"step-{step:08d}", root / f".tmp-step-{step:08d}"
+    final = folder_of(root, step)
+    draft, aside = (final.with_name(f"{prefix}{final.name}") for prefix in (DRAFT, ASIDE))
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     text = json.dumps({**state, "format": FORMAT, "step": step, "versions": versions}, indent=2)
     needed = sum(t.nbytes for part in tensors.values() for t in part.values()) + len(text)
@@ -55,46 +64,46 @@ def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], sta
         root.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(root).free < 1.2 * needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
         try:
-            temporary.mkdir()
-            for name, part in tensors.items():  # a copy of each tensor: two names may share memory, which is refused
-                plain = {key: t.detach().clone(memory_format=torch.contiguous_format) for key, t in part.items()}
-                save_file(plain, temporary / f"{name}{TENSORS}", metadata={"format": "pt"})
-            (temporary / STATE).write_text(text, encoding="utf-8")
-            (temporary / MANIFEST).write_bytes(_manifest(FORMAT, _entries(temporary.iterdir())))
-            for path in (*temporary.iterdir(), temporary):
+            draft.mkdir()
+            for name, part in tensors.items():
+                save_file(_separate(part), draft / f"{name}{TENSORS}", metadata={"format": "pt"})
+            (draft / STATE).write_text(text, encoding="utf-8")
+            (draft / MANIFEST).write_bytes(seal({"format": FORMAT, "files": entries(draft.iterdir())}))
+            for path in (*draft.iterdir(), draft):
                 _sync(path)
-            if final.exists():
-                _discard(final)
-            os.rename(temporary, final)
-            _sync(root)
+            _replace(final, draft, aside)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(draft, ignore_errors=True)
     return final
 
 
-def verify(path: Path) -> list[str]:
-    """The files of a checkpoint; CheckpointError unless each has the size and digest that the manifest gives."""
-    if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint folder {path}")
+def _separate(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, each with memory of its own: a file of safetensors takes no other."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in part.items():
+        place = tensor.untyped_storage().data_ptr()
+        own = tensor.is_contiguous() and place not in seen and tensor.nbytes == tensor.untyped_storage().nbytes()
+        separate[name] = tensor.detach() if own else tensor.detach().clone(memory_format=torch.contiguous_format)
+        seen.add(place)
+    return separate
+
+
+def _replace(final: Path, draft: Path, aside: Path) -> None:
+    """Put the draft in the place of `final`. A kill in between leaves one of them whole, which `clean` gives back."""
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        os.rename(final, aside)
     try:
-        raw = (path / MANIFEST).read_bytes()
-        manifest = json.loads(raw)
-        version, files = manifest["format"], manifest["files"]
-        if raw != _manifest(version, files):
-            raise DamagedError(f"{path / MANIFEST} is damaged: use another checkpoint")
-        if version != FORMAT:
-            raise CheckpointError(
-                f"{path} has checkpoint format {version}, this is {FORMAT}: use the version it is from"
-            )
-        found = _entries(path / name for name in files)  # by file name: one with a folder in it is not found
-        for name in files:
-            if found[name] != files[name]:
-                raise DamagedError(f"{path / name} is damaged: use another checkpoint")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DamagedError(f"{path / MANIFEST} cannot be followed ({error}): use another checkpoint") from error
-    return list(files)
+        os.rename(draft, final)
+    except OSError:
+        if aside.exists():
+            os.rename(aside, final)
+        raise
+    _sync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -112,7 +121,7 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
 def checkpoints(root: Path) -> list[Path]:
     """Finished checkpoint folders, whole or damaged, by step number: the clock plays no part."""
     found = [path for path in root.glob("step-*") if re.fullmatch(r"step-[0-9]{8,}", path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
 
 
 def latest(root: Path) -> Path | None:
@@ -129,87 +138,74 @@ def latest(root: Path) -> Path | None:
     return None
 
 
+def write_progress(root: Path, progress: Progress) -> None:
+    """Replace best.json, which ends with a digest of itself."""
+    with _storing(root / BEST):
+        score = None if math.isnan(progress.score) else progress.score
+        values = {"step": progress.best, "score": score, "evaluated": progress.evaluated}
+        root.mkdir(parents=True, exist_ok=True)
+        with atomic_write(root / BEST) as file:
+            file.write(seal(values))
+
+
+def read_progress(root: Path) -> Progress:
+    """Read best.json, which is there once a checkpoint was evaluated; CheckpointError if a byte of it has changed."""
+    if not (root / BEST).exists():
+        return Progress()
+    try:
+        values = unseal(root / BEST)
+        score = math.nan if values["score"] is None else float(values["score"])
+        return Progress(int(values["evaluated"]), int(values["step"]), score)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{root / BEST} is damaged ({error}): remove it, and the next evaluation chooses the best checkpoint anew; "
+            "until then only the newest checkpoints are kept"
+        ) from error
+
+
 class Best(NamedTuple):
-    """The checkpoint to keep whatever comes, and how good it is."""
+    """The checkpoint to keep whatever comes, and its score."""
 
     path: Path
     score: float
 
 
-def mark_best(root: Path, step: int, score: float) -> None:
-    """`purge` spares this step from now on, and no longer the one marked before."""
-    with _storing(root / BEST):
-        write_json(root / BEST, {"step": step, "score": score})
-
-
 def best(root: Path) -> Best | None:
-    """The checkpoint that was marked as best, if one was; it may be damaged."""
-    try:
-        mark = json.loads((root / BEST).read_bytes())
-        return Best(root / f"step-{mark['step']:08d}", float(mark["score"]))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{root / BEST} is damaged ({error}): remove it") from error
+    """The checkpoint with the highest score, if any was evaluated; it may be damaged."""
+    progress = read_progress(root)
+    return Best(folder_of(root, progress.best), progress.score) if progress.best >= 0 else None
 
 
-def purge(root: Path, keep: int = 2) -> None:
-    """Remove all checkpoints but the last `keep` and the best."""
-    spared = best(root)
+def purge(root: Path, newest: int, spared: Collection[int] = (), keep: int = KEEP) -> None:
+    """Remove all checkpoints but the last `keep` up to the step `newest`, and those that are spared."""
     with _storing(root):
-        for path in checkpoints(root)[:-keep]:
-            if spared is None or path != spared.path:
-                _discard(path)
+        steps = [step_of(path) for path in checkpoints(root)]
+        for step in to_remove(steps, newest, spared, keep):
+            path = folder_of(root, step)
+            doomed = path.with_name(f"{REMOVED}{path.name}")  # a kill in between leaves no half of it under its name
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.rename(path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def clean(root: Path) -> None:
-    """Remove what a killed run left half done. For the holder of the run's lock only."""
-    for leftover in root.glob(".tmp-*"):
-        log.warning("removed %s, left half done by an earlier run", leftover)
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Remove what a killed run left half done, and give back what it left whole. For the holder of the lock only."""
+    for leftover in sorted(root.glob(f"{DRAFT}*")):
+        name = leftover.name.removeprefix(ASIDE).removeprefix(DRAFT)
+        final = root / name
+        if re.fullmatch(r"step-[0-9]{8,}", name) and _is_whole(leftover) and not _is_whole(final):
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(leftover, final)
+            log.warning("gave back %s, which an earlier run was replacing", final)
+        else:
+            log.warning("removed %s, left half done by an earlier run", leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
-def compare(what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """CheckpointError with a table of the entries that differ; of tensors, type and shape are compared."""
-    keys = [*ours, *(key for key in theirs if key not in ours)]
-    pairs = [(key, _text(ours, key), _text(theirs, key)) for key in keys]
-    rows = [("entry", "this run", "checkpoint"), *(pair for pair in pairs if pair[1] != pair[2])]
-    if len(rows) > 1:
-        shown = rows[: TABLE_ROWS + 1]
-        widths = [max(len(row[column]) for row in shown) for column in range(3)]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in shown]
-        table += [f"and {len(rows) - len(shown)} more"] if len(rows) > len(shown) else []
-        raise CheckpointError(
-            f"{what} of the checkpoint does not fit this run:\n  " + "\n  ".join(table) + "\n"
-            "use the configuration of the checkpoint, or another OUTPUT_DIR"
-        )
-
-
-def _text(entries: Mapping[str, Any], key: str) -> str:
-    value = entries.get(key, "absent")
-    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}" if isinstance(value, Tensor) else str(value)
-
-
-def _entries(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Size and digest of files, by name."""
-    ordered = sorted(paths)
-    with ThreadPoolExecutor() as pool:
-        return dict(zip((path.name for path in ordered), pool.map(_entry, ordered)))
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    if not path.is_file():  # a pipe would be waited for
-        raise FileNotFoundError(errno.ENOENT, "not a file", str(path))
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
-        return {"bytes": file.tell(), "blake2b": digest}
-
-
-def _manifest(version: int, files: Mapping[str, Any]) -> bytes:
-    """The manifest ends with a digest of itself, so that no byte of a checkpoint is without one."""
-    body = json.dumps({"format": version, "files": files}, indent=2)
-    digest = hashlib.blake2b(body.encode(), digest_size=32).hexdigest()
-    return f'{body[:-2]},\n  "blake2b": "{digest}"\n}}\n'.encode()
+def _is_whole(path: Path) -> bool:
+    with suppress(CheckpointError):
+        return bool(verify(path))
+    return False
 
 
 @contextmanager
@@ -225,14 +221,6 @@ def _storing(path: Path, needed: int = 0) -> Iterator[None]:
             f"{path} was not written: {error}; {needed / 2**20:.1f} MiB needed, {free} free: make room or set another "
             f"OUTPUT_DIR"
         ) from error
-
-
-def _discard(path: Path) -> None:
-    """Remove a checkpoint so that a kill in between leaves no half of it under its name."""
-    doomed = path.with_name(f".tmp-old-{path.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

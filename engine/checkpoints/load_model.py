@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from fusionreid import FusionReID, build_model
 from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.checkpoints.checkpoint import CheckpointError
+from fusionreid.engine.checkpoints.compare import compare
+from fusionreid.engine.checkpoints.locate import checkpoint_at
 from fusionreid.engine.config import Config, ConfigError
 from fusionreid.engine.distributed import parallel
 from fusionreid.weights import WeightsError, load_published
@@ -35,7 +37,7 @@ def build(cfg: Config, num_classes: int, num_cameras: int) -> FusionReID:
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Fill a model, sharded or not, with whole CPU tensors; an entry too few, too many or misshaped raises."""
     own = model.state_dict()
-    checkpoint.compare("the model", own, tensors)
+    compare("the model", own, tensors)
     for name, tensor in own.items():
         parallel.local_shard(tensor).copy_(parallel.shard_like(tensors[name], tensor))
 
@@ -55,7 +57,7 @@ def find_checkpoint(cfg: Config) -> Path:
     Not by default: it is chosen by the very images that it is measured on.
     """
     if cfg.TEST.WEIGHT not in ("", "best"):
-        return Path(cfg.TEST.WEIGHT)
+        return checkpoint_at(Path(cfg.TEST.WEIGHT), Path(cfg.OUTPUT_DIR))
     folder = Path(cfg.OUTPUT_DIR) / "checkpoints"
     best = checkpoint.best(folder) if cfg.TEST.WEIGHT else None
     path = best.path if best else checkpoint.latest(folder)
@@ -75,10 +77,10 @@ def restore(path: Path, cfg: Config) -> Trained:
         load_model(model, tensors["model"] | tensors.get("average", {}))  # of the weights, if one was kept
         return Trained(model, tuple(state["cameras"]), state["config"]["DATASETS"]["NAMES"])
     published = read_state(path)
-    classes = {len(t) for name, t in published.items() if re.search(r"classifier(_\d)?\.weight$", name)}
+    classes = {len(t) for name, t in published.items() if t.ndim == 2 and re.search(r"classifier(_\d)?\.weight$", name)}
     if len(classes) != 1:
         raise WeightsError(f"{path} is no trained FusionReID: it holds no classifier; name a checkpoint of one")
-    cameras = max((len(t) for name, t in published.items() if name.endswith("sie_embed")), default=1)
+    cameras = max((len(t) for name, t in published.items() if t.ndim and name.endswith("sie_embed")), default=1)
     model = build(cfg, classes.pop(), cameras)
     load_published(model, published)
     return Trained(model, tuple(range(cameras)), None)

@@ -1,4 +1,4 @@
-"""What of a model is compiled, and whose activations are computed twice rather than kept."""
+"""Compilation of a model or its blocks, and activation checkpointing."""
 
 import re
 from typing import Any
@@ -13,11 +13,16 @@ from fusionreid.refinement import LRU
 
 
 def compile_parts(model: nn.Module, cfg: ParallelConfig, device: torch.device) -> None:
-    """PARALLEL.CHECKPOINT, then PARALLEL.COMPILE; sharding comes after both."""
+    """Apply PARALLEL.CHECKPOINT, then PARALLEL.COMPILE; sharding comes after both."""
     if cfg.CHECKPOINT:
         for block in blocks(model):
             _recompute(block)
-    compiled = ("blocks" if device.type == "cuda" else "off") if cfg.COMPILE == "auto" else cfg.COMPILE
+    compile_model(model, cfg.COMPILE, device)
+
+
+def compile_model(model: nn.Module, how: str, device: torch.device) -> None:
+    """Compile what PARALLEL.COMPILE says: nothing, the blocks (the default on a GPU) or the whole model."""
+    compiled = ("blocks" if device.type == "cuda" else "off") if how == "auto" else how
     torch._dynamo.config.recompile_limit = 64  # blocks of one kind share it, and differ in shape and mode
     for part in {"off": [], "blocks": [*blocks(model), *_more_parts(model)], "whole": [model]}[compiled]:
         part.compile(fullgraph=True, dynamic=False)
@@ -31,7 +36,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _more_parts(model: nn.Module) -> list[nn.Module]:
-    """The residual blocks of a ResNet, and what is many small operations on feature maps."""
+    """The residual blocks of a ResNet, and modules of many small operations on feature maps."""
     stages = [part for name, part in model.named_modules() if re.fullmatch(r"(.*\.)?layer\d", name)]
     return [block for stage in stages for block in stage.children()] + [
         part for part in model.modules() if isinstance(part, GeM | LRU)
@@ -39,10 +44,10 @@ def _more_parts(model: nn.Module) -> list[nn.Module]:
 
 
 def _recompute(block: nn.Module) -> None:
-    """The block keeps its inputs alone and computes its activations again in the backward pass."""
+    """Make a block keep only its inputs, and compute its activations again in the backward pass."""
     forward = block.forward
 
-    def recomputed(*args: Any, **options: Any) -> Any:  # a function of its own, for the compiler to begin with
+    def recomputed(*args: Any, **options: Any) -> Any:  # one function per block, where the compiler begins
         return checkpoint(forward, *args, use_reentrant=False, **options)
 
     block.forward = recomputed

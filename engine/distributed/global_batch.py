@@ -1,4 +1,4 @@
-"""What makes N processes compute what one computes: batch-norm statistics and the loss are those of the whole batch.
+"""Global batch: batch-norm statistics and the loss of the whole batch, so that N processes compute what one computes.
 
 Every rank computes the same loss of the whole batch; a gather hands each rank the sum of all ranks' gradients of its
 own rows, N times the true one, and the mean of the parameters' gradients over the ranks takes the N away.
@@ -13,15 +13,32 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fusionreid.errors import ReIDError
+
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.14
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
 
 
-class NormError(ValueError):
+class NormError(ReIDError, ValueError):
     """A model has a batch norm of a kind that cannot be synchronised."""
 
-    exit_code = 2
+
+class MiningError(ReIDError, ValueError):
+    """A process would mine triplets in a batch with a single person."""
+
+
+def check_mining(batch_size: int, instances: int, world_size: int) -> None:
+    """Raise MiningError if a process alone cannot form triplets of its part of the batch: that takes two persons."""
+    share = batch_size // instances // world_size
+    if share < 2:
+        persons = batch_size // instances
+        raise MiningError(
+            "PARALLEL.EXACT no: each process mines triplets among its own persons and needs 2 or more, but a batch of "
+            f"SOLVER.IMS_PER_BATCH {batch_size} = {persons} persons x {instances} images on {world_size} processes "
+            f"leaves {share}; set PARALLEL.EXACT auto to mine over all processes, or SOLVER.IMS_PER_BATCH to at least "
+            f"{2 * instances * world_size}"
+        )
 
 
 @torch.library.custom_op("fusionreid::gather_ranks", mutates_args=())

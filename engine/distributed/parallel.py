@@ -19,26 +19,26 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fusionreid.engine.config import ParallelConfig
-from fusionreid.engine.distributed.compile import blocks, compile_parts
-from fusionreid.engine.distributed.global_batch import synchronise_norms
+from fusionreid.engine.distributed import peers
+from fusionreid.engine.distributed.compile import blocks, compile_model, compile_parts
+from fusionreid.engine.distributed.global_batch import all_gather, synchronise_norms
+from fusionreid.errors import ReIDError
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=nn.Module)
 log = logging.getLogger(__name__)
 UNCOMPILED = ParallelConfig(COMPILE="off")
 LAUNCHED = "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"  # beside WORLD_SIZE, what torchrun tells a process
-TIMEOUT = timedelta(minutes=10)  # a rank that has not answered by then is dead
+TIMEOUT = timedelta(minutes=10)  # of one collective; a wait that may be longer is a `peers.meet`
 
 
-class DeviceError(ValueError):
+class DeviceError(ReIDError, ValueError):
     """The configuration asks for a device that is not there."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run and what this one is among them."""
+    """The processes of a run, and which of them this one is."""
 
     rank: int
     world_size: int
@@ -47,12 +47,13 @@ class Ranks:
 
     @property
     def main(self) -> bool:
+        """Whether this is the process that prints and writes."""
         return self.rank == 0
 
     def first(self, work: Callable[[], T]) -> T:
-        """Rank 0 does the work before the others do it too: what it left on disk they find."""
+        """Do the work on rank 0, however long it takes, then on the others, which find on disk what it left there."""
         result = work() if self.main else None
-        dist.barrier()
+        peers.meet()
         return work() if result is None else result
 
 
@@ -83,16 +84,19 @@ def start(device_type: str, *, required: bool = False) -> Ranks:
             # A restarted run must not find the addresses of its dead predecessors, which torchrun's store keeps.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+            peers.start(store, rank, world_size)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return Ranks(dist.get_rank(), world_size, device, init_device_mesh(device.type, (world_size,)))
 
 
 def finish() -> None:
-    """All processes part together: one that simply ended could tear its own threads apart."""
+    """Wait for all processes, then destroy the process group."""
+    peers.meet()
+    peers.stop()
     if dist.get_world_size() > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        dist.barrier()  # an orphan has not met the others
+    dist.destroy_process_group()
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -118,15 +122,26 @@ def cpu_has_bf16() -> bool:
     return has
 
 
-def shard(model: Model, ranks: Ranks, cfg: ParallelConfig = UNCOMPILED) -> Model:
-    """What PARALLEL asks for, in the one order that works: batch norms, checkpointing, compile, FSDP2.
+def is_exact(cfg: ParallelConfig, ranks: Ranks) -> bool:
+    """Whether batch norm and mining span all processes: PARALLEL.EXACT auto or yes, and more than one process."""
+    return cfg.EXACT is not False and ranks.world_size > 1
 
-    FSDP2 is there at every world size. Parameters stay gathered between forward and backward: a model of this size
-    fits, and one gather is saved. A mesh of two dimensions, where SHARD is not all processes, is HSDP.
+
+def shard(model: Model, ranks: Ranks, cfg: ParallelConfig = UNCOMPILED) -> Model:
+    """Apply what PARALLEL asks for, in the one order that works: batch norms, checkpointing, compile, FSDP2.
+
+    One process is not wrapped: FSDP2 would copy every parameter and gradient in each step. Parameters stay gathered
+    between forward and backward: a model of this size fits, and one gather is saved. A mesh of two dimensions, where
+    SHARD is not all processes, is HSDP.
     """
-    if cfg.EXACT and ranks.world_size > 1:
+    if is_exact(cfg, ranks):
         synchronise_norms(model)
+    if ranks.world_size == 1 and ranks.device.type == "cuda":
+        model.to(memory_format=torch.channels_last)
     compile_parts(model, cfg, ranks.device)
+    if ranks.world_size == 1:
+        _check_share(ranks, cfg.SHARD)
+        return model
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes into an output
     mesh = _mesh(ranks, cfg.SHARD)
     for part in (*(blocks(model) if cfg.COMPILE != "whole" else ()), model):  # a whole graph has no place for gathers
@@ -134,14 +149,33 @@ def shard(model: Model, ranks: Ranks, cfg: ParallelConfig = UNCOMPILED) -> Model
     return model
 
 
+def replicate(model: Model, ranks: Ranks, cfg: ParallelConfig) -> Model:
+    """The model for inference: a whole copy on every rank's device, compiled as PARALLEL.COMPILE says."""
+    model.to(ranks.device)
+    compile_model(model, cfg.COMPILE, ranks.device)
+    return model
+
+
 def _mesh(ranks: Ranks, share: int) -> DeviceMesh:
     """Processes that share one copy of the weights, in one or more such groups."""
-    if share in (0, ranks.world_size):
+    share = share or _processes_per_node(ranks.world_size)
+    if share == ranks.world_size:
         return ranks.mesh
-    if ranks.world_size % share:
-        raise DeviceError(f"PARALLEL.SHARD must divide the {ranks.world_size} processes, got {share}")
+    _check_share(ranks, share)
     shape = ranks.world_size // share, share
     return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _check_share(ranks: Ranks, share: int) -> None:
+    if share and ranks.world_size % share:
+        raise DeviceError(f"PARALLEL.SHARD must divide the {ranks.world_size} processes, got {share}")
+
+
+def _processes_per_node(world_size: int) -> int:
+    """Number of processes on each host as torchrun started them; all processes where hosts differ in it."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    numbers = gather_rows(torch.tensor([local]))
+    return local if (numbers == local).all() and world_size % local == 0 else world_size
 
 
 def local_shard(tensor: Tensor) -> Tensor:
@@ -158,10 +192,15 @@ def shards_of(tensor: Tensor) -> int:
 
 
 def full_tensor(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """The whole of a sharded tensor on the CPU; `like` lends its sharding to a plain local shard. All ranks call it."""
-    if isinstance(like, DTensor) and tensor.ndim == like.ndim and tensor.ndim > 0:
+    """Gather a sharded tensor on the CPU; `like` lends its sharding to a plain local shard. All ranks call it."""
+    return gather(tensor, like).cpu()
+
+
+def gather(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """Gather a sharded tensor on the device, as `full_tensor` does on the CPU."""
+    if isinstance(like, DTensor) and not isinstance(tensor, DTensor) and tensor.ndim == like.ndim and tensor.ndim > 0:
         tensor = DTensor.from_local(tensor, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
@@ -187,14 +226,41 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """The rows of all ranks, one rank's below the other's, on every rank; the ranks may have different numbers."""
-    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)]))
-    padded = rows.new_zeros((max(int(count) for count in counts), *rows.shape[1:]))
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
+    """The rows (n, ...) of all ranks, one rank's below the other's, on every rank and on the device of the rows.
+
+    Ranks may have different numbers of rows. Equal numbers need no memory but the rows and the result.
+    """
+    world_size = dist.get_world_size()
+    if world_size == 1:
+        return rows
+    counts = torch.empty(world_size, dtype=torch.int64)
+    all_gather(counts, torch.tensor([len(rows)]))
+    numbers = counts.tolist()
+    most = max(numbers)
+    if len(rows) < most:
+        rows = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
+    whole = rows.new_empty(world_size * most, *rows.shape[1:])
+    if whole.numel():
+        all_gather(whole, rows.contiguous())
+    if min(numbers) == most:
+        return whole
+    return torch.cat([part[:number] for part, number in zip(whole.split(most), numbers)])
+
+
+def all_agree(condition: bool) -> bool:
+    """Whether the condition holds on every rank; the answer is the same on all."""
+    return bool(gather_rows(torch.tensor([condition], dtype=torch.uint8)).all())
+
+
+def fits_on_device(num_bytes: int, ranks: Ranks) -> bool:
+    """Whether every rank computes on a GPU with room for so much more; the answer is the same on all ranks."""
+    return all_agree(ranks.device.type == "cuda" and num_bytes <= free_memory(ranks.device))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that nobody uses, those included that torch holds ready."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 @torch.no_grad()

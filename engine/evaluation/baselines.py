@@ -1,4 +1,4 @@
-"""What a trained network is reported beside: retrieval by colour alone."""
+"""Baseline for a trained network: retrieval by colour alone."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ SRGB_TO_XYZ = np.array([[0.4339, 0.3762, 0.1899], [0.2126, 0.7152, 0.0722], [0.0
 
 
 def colour_histogram(records: Sequence[Record]) -> np.ndarray:
-    """(N, D) float32 rows of unit length: HSV and Lab histograms of horizontal stripes, for the Hellinger distance.
+    """Rows (N, D) fp32 of unit length: HSV and Lab histograms of horizontal stripes, for the Hellinger distance.
 
     The colours are first balanced to a grey mean, which takes out most of a camera's cast and exposure; pixels count
     less towards the left and right edge, where background is. The square root of each histogram makes the inner product
@@ -25,7 +25,10 @@ def colour_histogram(records: Sequence[Record]) -> np.ndarray:
     Ensemble of Localized Features, ECCV 2008 (stripes); Arandjelovic and Zisserman, Three Things Everyone Should Know
     to Improve Object Retrieval, CVPR 2012 (square root).
     """
-    return np.stack([_descriptor(record.path) for record in records])
+    rows = np.empty((len(records), STRIPES * int(np.prod(HSV_BINS) + np.prod(LAB_BINS))), np.float32)
+    for row, record in zip(rows, records):
+        row[:] = _descriptor(record.path)
+    return rows
 
 
 def _descriptor(path: str) -> np.ndarray:

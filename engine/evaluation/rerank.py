@@ -6,21 +6,20 @@ Source: Zhong et al., Re-ranking Person Re-identification with k-reciprocal Enco
 published code with double in place of its half precision. N = Q + G images, queries first.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusionreid.engine.evaluation.retrieval import Metric, part
+from fusionreid.engine.evaluation.retrieval import Gather, Metric, rows_of_share
 from fusionreid.kernels import full_precision, neighbour_lists
 
 BLOCK_ROWS = 256
 PAIR_ELEMENTS = 2**18  # feature values compared at once
 DISTANCES = 2**24  # of a block of queries
 PAIRS = 2**24  # of entries that meet at once on a GPU
-Gather = Callable[[Tensor], Tensor]  # the rows that all processes hold, one's below the other's
 
 
 def k_reciprocal(
@@ -43,17 +42,17 @@ def rerank_blocks(
     share: tuple[int, int] = (0, 1),
     gather: Gather = lambda rows: rows,
 ) -> Iterator[Tensor]:
-    """The same for features (N, D), as consecutive blocks of rows (b, G), for `retrieval.rank_blocks`.
+    """Yield re-ranked distances of features (N, D), queries first, as rows (b, G) for `retrieval.rank_blocks`.
 
-    share (i, n): process i of n does its part of every stage, `gather` brings the parts together in between, and the
-    rows are those of the i-th share of the queries.
+    share (i, n): process i of n does its share of every stage, `gather` joins the shares in between, and the rows are
+    those of the i-th share of the queries.
     """
     if k1 < 1 or k2 < 1 or not 0 <= weight <= 1:
         raise ValueError(f"re-ranking needs k1 and k2 of 1 or more and a weight in [0, 1], got {k1}, {k2}, {weight}")
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     if metric == "cosine":
         features = F.normalize(features)
-    num_images, mine = len(features), part(len(features), share)
+    num_images, mine = len(features), rows_of_share(len(features), share)
     near = neighbour_lists(features, min(max(k1 + 1, k2), num_images), rows=mine)
     farthest = gather(near.farthest).to(features).clamp_min(torch.finfo(features.dtype).tiny)
     neighbours = gather(near.indices)
@@ -67,7 +66,7 @@ def rerank_blocks(
     rows = _expanded(rows, neighbours[mine, :k2]).gathered(gather)
     lists = rows.transposed(slice(num_query, num_images), num_images)
     squares = features.norm(dim=1).square()
-    queries = part(num_query, share)
+    queries = rows_of_share(num_query, share)
     size = max(1, DISTANCES // (num_images - num_query))
     for start in range(queries.start, queries.stop, size):
         block = slice(start, min(start + size, queries.stop))
@@ -146,16 +145,17 @@ class _Sparse(NamedTuple):
 
     @classmethod
     def of(cls, row: Tensor, column: Tensor, value: Tensor, num_rows: int) -> "_Sparse":
+        """Matrix of entries (row, column, value), each (E,), in the order of their rows."""
         length = torch.bincount(row, minlength=num_rows)
         return cls(length.cumsum(0) - length, length, column.int(), value)
 
     def gathered(self, gather: Gather) -> "_Sparse":
-        """The rows of all processes."""
+        """Join the rows of all processes."""
         length = gather(self.length)
         return _Sparse(length.cumsum(0) - length, length, gather(self.column), gather(self.value))
 
     def transposed(self, rows: slice, num_columns: int) -> "_Sparse":
-        """Of some rows, counted from the first of them: by column, which rows have an entry in it."""
+        """Transpose some rows, counted from the first of them: for each column the rows that have an entry in it."""
         length = self.length[rows]
         first = int(self.start[rows.start]) if len(length) else 0
         mine = slice(first, first + int(length.sum()))
@@ -179,7 +179,7 @@ def _meet_by_column(queries: _Sparse, gallery: _Sparse, num_gallery: int, overla
 
 
 def _meet_all_at_once(queries: _Sparse, gallery: _Sparse, num_gallery: int, overlap: Tensor) -> None:
-    """The same without a loop over columns."""
+    """Add what `_meet_by_column` adds, without a loop over columns."""
     pairs = queries.length * gallery.length
     ends = pairs.cumsum(0)
     total = int(ends[-1])

@@ -1,1 +1,1 @@
-"""What a run reports while it goes on: metrics, loggers, profiler, manifest, memory."""
+"""Monitoring of a run: metrics, loggers, profiler, manifest, memory."""

@@ -1,4 +1,4 @@
-"""Where curves are drawn, behind one protocol: TensorBoard, and wandb or trackio if SOLVER.LOGGERS names them."""
+"""Loggers that draw curves, behind one protocol: TensorBoard, and wandb or trackio if SOLVER.LOGGERS names them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -7,37 +7,39 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-PROJECT = "fusionreid"  # of the trackers, which sort runs by it
+from fusionreid.errors import ReIDError
+
+PROJECT = "fusionreid"  # name under which wandb and trackio list the runs
 
 
-class Board(Protocol):
-    """Takes the numbers of a log line."""
+class Logger(Protocol):
+    """Receives the numbers of a log line."""
 
-    def draw(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float]) -> None:
         """Add a point to each curve."""
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Write what is still buffered."""
 
 
-class MissingBoardError(ValueError):
+class MissingLoggerError(ReIDError, ValueError):
     """SOLVER.LOGGERS names a package that is not installed."""
 
-    exit_code = 2
 
-
-def check_boards(names: Sequence[str]) -> None:
+def check_loggers(names: Sequence[str]) -> None:
     """Raise unless every package is installed; nothing is imported."""
     for name in names:
         spec = find_spec(name)
         if spec is None or spec.origin is None:  # a folder of that name, such as wandb leaves, is no package
-            raise MissingBoardError(f"SOLVER.LOGGERS names {name}, which is not installed: pip install {name}, or "
-                                    "take it out")  # fmt: skip
+            raise MissingLoggerError(
+                f"SOLVER.LOGGERS names {name}, which is not installed: pip install {name}, or remove it from the key"
+            )
 
 
-def boards(names: Sequence[str], output: Path, step: int, run: str, settings: Mapping[str, Any]
-           ) -> dict[str, Callable[[], Board]]:  # fmt: skip
-    """What opens each board, for a run that goes on after `step`; `run` is its name for as long as it is resumed."""
+def logger_factories(
+    names: Sequence[str], output: Path, step: int, run: str, settings: Mapping[str, Any]
+) -> dict[str, Callable[[], Logger]]:
+    """Functions that open each logger, for a run that goes on after `step`; a resumed run keeps its name `run`."""
     own = {"tensorboard": partial(TensorBoard, output, step)}
     return {name: own.get(name) or partial(Tracker, name, output, run, settings) for name in names}
 
@@ -50,7 +52,7 @@ class TensorBoard:
 
         self._writer: Any = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
 
-    def draw(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -60,15 +62,15 @@ class TensorBoard:
 
 
 class Tracker:
-    """wandb, or trackio, which has the same functions; a resumed run goes on in its own curves."""
+    """wandb, or trackio, which has the same functions; a resumed run continues its own curves."""
 
     def __init__(self, name: str, output: Path, run: str, settings: Mapping[str, Any]) -> None:
         self._module = import_module(name)
-        own = {"id": run, "dir": str(output)} if name == "wandb" else {}  # trackio knows a run by its name
+        own = {"id": run, "dir": str(output)} if name == "wandb" else {}  # trackio identifies a run by its name
         title = f"{output.absolute().name}-{run}"
         self._module.init(project=PROJECT, name=title, config=dict(settings), resume="allow", **own)
 
-    def draw(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float]) -> None:
         self._module.log(dict(values), step=step)
 
     def close(self) -> None:

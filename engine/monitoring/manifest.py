@@ -7,19 +7,20 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
-
-import torch
 
 from fusionreid.dataloading import Split
 from fusionreid.dataloading.records import PARTS
 from fusionreid.engine.config import Config
-from fusionreid.engine.storage import write_json
+from fusionreid.engine.config_yaml import flat
+from fusionreid.files import write_json
+
+if TYPE_CHECKING:
+    import torch
 
 FILE = "manifest.json"
 PACKAGES = ("fusionreid", "torch", "torchvision", "triton", "timm", "numpy")
@@ -37,7 +38,7 @@ class Recorded(NamedTuple):
     note: str
 
 
-def record(output: Path, cfg: Config, split: Split, device: torch.device, ranks: int, step: int) -> Recorded:
+def record(output: Path, cfg: Config, split: Split, device: "torch.device", ranks: int, step: int) -> Recorded:
     """Write the manifest of a start after `step` steps; earlier starts of the run stay in it, as what was different."""
     path = output / FILE
     new = json.loads(json.dumps(_describe(cfg, split, device, ranks)))
@@ -57,12 +58,17 @@ def record(output: Path, cfg: Config, split: Split, device: torch.device, ranks:
     return Recorded(run, note)
 
 
-def _describe(cfg: Config, split: Split, device: torch.device, ranks: int) -> dict[str, Any]:
+def _describe(cfg: Config, split: Split, device: "torch.device", ranks: int) -> dict[str, Any]:
+    import torch
+
+    from fusionreid.engine.distributed.numerics import describe_numerics
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "commit": commit(),
         "versions": versions(),
         "precision": cfg.SOLVER.PRECISION,
+        "numerics": describe_numerics(),
         "device": name,
         "ranks": ranks,
         "data": describe_data(split),
@@ -71,7 +77,7 @@ def _describe(cfg: Config, split: Split, device: torch.device, ranks: int) -> di
 
 
 def describe_data(split: Split) -> dict[str, Any]:
-    """Counts by part, and a digest of each image's part, name in the data set, size, person and camera."""
+    """Count images by part, and digest each image's part, name in the data set, size, person and camera."""
     digest, folder = hashlib.blake2b(digest_size=16), f"{split.root}{os.sep}"
     parts: dict[str, dict[str, int]] = {}
     for part in PARTS:
@@ -96,7 +102,9 @@ def _size(path: str) -> int:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what computes; None: not installed."""
+    """Versions of the packages that compute; None: not installed."""
+    import torch
+
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -107,7 +115,7 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """Of this source, with -dirty if a file of it differs; None where it is no repository of its own."""
+    """Commit of this source, with -dirty if a file of it differs; None where it is no repository of its own."""
     if not (ROOT / ".git").exists():
         return None
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -128,15 +136,6 @@ def _load(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         log.warning("%s of the start before cannot be read: %s; it is written anew", path, error)
     return {}
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested keys as dotted ones."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _line(differences: list[str]) -> str:

@@ -6,22 +6,24 @@ import os
 import re
 import resource
 import sys
-import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fusionreid.engine.config import Config
+from fusionreid.errors import ReIDError
 
 SIGNS = ("MemoryError", "OutOfMemoryError", "out of memory", "not enough memory", "DefaultCPUAllocator",
          "STATUS_ALLOC_FAILED")  # fmt: skip
 ASKED_FOR = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)", re.IGNORECASE)
 UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-EVALUATION = {"evaluate", "embed"}  # functions
 AFTER_A_STEP, WITHIN_THE_FIRST = 0.9, 0.5  # of what a linear estimate gives: the first step had yet more to ask for
+Phase = Literal["training", "evaluation"]
 
 
-class OutOfMemory(RuntimeError):
-    """A training did not fit; says which batch might."""
+class OutOfMemory(ReIDError, RuntimeError):
+    """A training or an evaluation did not fit; the message names a batch that might."""
 
     exit_code = 6
 
@@ -52,31 +54,42 @@ def held() -> int:
         return peak()
 
 
-def explain(error: BaseException, cfg: Config, loaded: int, finished_steps: int) -> None:
-    """Raise `OutOfMemory` if the training ran out of memory, which held `loaded` bytes before its first step.
+@contextmanager
+def explained(phase: Phase, cfg: Config) -> Iterator[None]:
+    """Context manager: running out of memory in here becomes `OutOfMemory` with the advice for this phase."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        explain(error, phase, cfg)
+        raise
+
+
+def explain(error: BaseException, phase: Phase, cfg: Config, loaded: int = 0, finished_steps: int = 0) -> None:
+    """Raise `OutOfMemory` if this error is about memory; a training held `loaded` bytes before its first step.
 
     While a CUDA graph is recorded that error comes second: first comes the one about a record that was broken off.
     """
     for cause in (error, error.__context__):
         if cause is not None and ran_out(cause):
-            raise OutOfMemory(advice(cause, cfg, loaded, finished_steps)) from error
+            raise OutOfMemory(advice(cause, cfg, phase, loaded, finished_steps)) from error
 
 
-def advice(error: BaseException, cfg: Config | None, loaded: int = 0, finished_steps: int = 0) -> str:
-    """The peak, the batch, and one that fits by an estimate."""
+def advice(
+    error: BaseException, cfg: Config | None, phase: Phase | None = None, loaded: int = 0, finished_steps: int = 0
+) -> str:
+    """Name the peak, the batch, and one that fits by an estimate; of both phases if it is not known in which it was."""
     asked, reason = _asked_for(error), str(error).splitlines()[0] if str(error) else type(error).__name__
     if _cuda() is not None and (isinstance(error, MemoryError | OSError) or "DefaultCPUAllocator" in str(error)):
         return f"out of host memory: try a lower DATALOADER.NUM_WORKERS or DATALOADER.CACHE none ({reason})"
     text = f"out of {'host' if _cuda() is None else 'GPU'} memory, peak {_gib(peak())}"
     text += f" when {_gib(asked)} more were asked for" if asked else ""
     if cfg is not None:
-        functions = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-        if not functions & EVALUATION:
+        if phase != "evaluation":
             needed = peak() + asked
             room = min(_room(), needed)  # what was asked for was not there
             fits = fitting_batch(cfg, loaded, needed, room, AFTER_A_STEP if finished_steps else WITHIN_THE_FIRST)
             text += f"; training with SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}: {_remedy(fits)}"
-        if not loaded or functions & EVALUATION:
+        if phase != "training":
             batch = cfg.TEST.IMS_PER_BATCH
             text += f"; evaluating with TEST.IMS_PER_BATCH {batch}: try {batch // 2 or 1}"
     return f"{text} ({reason})"

@@ -1,4 +1,4 @@
-"""Where numbers go: one JSON line and one point on each board per log, and a progress bar or plain lines for people.
+"""Metrics of a training: one JSON line and one point in each logger per log, and a progress bar or plain lines.
 
 Only `log` waits for the device. Nothing here ends a training: a full disk or a closed terminal costs the line alone.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fusionreid.engine.monitoring import memory
 from fusionreid.engine.monitoring.jsonl import drop_after, points_of, to_host, with_nulls
-from fusionreid.engine.monitoring.loggers import Board, TensorBoard
+from fusionreid.engine.monitoring.loggers import Logger, TensorBoard
 from fusionreid.engine.monitoring.startup import Startup
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ class Metrics:
     """The numbers of one run, written by the rank for which `enabled` is true.
 
     A run that goes on after `start_step` drops later lines of the run before it: metrics.jsonl reads as if unbroken.
-    `boards` open by name, TensorBoard alone if None; of `peak_images_per_s`, where it is known, MFU is the share.
+    With `evaluate_again` it drops the evaluation of that step too.
+    `loggers` are opened by name, TensorBoard alone if None; MFU is the share of `peak_images_per_s` if that is known.
     """
 
     def __init__(
@@ -39,7 +40,8 @@ class Metrics:
         enabled: bool = True,
         start_step: int = 0,
         *,
-        boards: Mapping[str, Callable[[], Board]] | None = None,
+        evaluate_again: bool = False,
+        loggers: Mapping[str, Callable[[], Logger]] | None = None,
         peak_images_per_s: float | None = None,
         startup: Startup | None = None,
     ) -> None:
@@ -51,18 +53,18 @@ class Metrics:
         self._all_images, self._idle = 0, 0.0  # images in all; seconds of pauses
         self._peak_images_per_s, self._startup = peak_images_per_s, startup
         self._bar: Any = None
-        self._boards: dict[str, Board] = {}
+        self._loggers: dict[str, Logger] = {}
         self._failed: set[str] = set()
         if enabled:
             with self._forgiving("metrics.jsonl"):
-                drop_after(self._lines, start_step)
-            plain = {"tensorboard": lambda: TensorBoard(Path(output_dir), start_step)}
-            for name, open_board in (plain if boards is None else boards).items():
+                drop_after(self._lines, start_step, start_step - evaluate_again)
+            default = {"tensorboard": lambda: TensorBoard(Path(output_dir), start_step)}
+            for name, open_logger in (default if loggers is None else loggers).items():
                 with self._forgiving(name):
-                    self._boards[name] = open_board()
+                    self._loggers[name] = open_logger()
 
-    def watch(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same batches; the time spent waiting for each is counted."""
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """Pass the batches on and count the time spent waiting for each."""
         iterator = iter(batches)
         while True:
             start = perf_counter()
@@ -75,7 +77,7 @@ class Metrics:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done in here (evaluation, a checkpoint) does not count as training time."""
+        """Context manager: time in here (evaluation, a checkpoint) does not count as training time."""
         start = perf_counter()
         try:
             yield
@@ -104,12 +106,12 @@ class Metrics:
             if self._bar is not None:
                 self._bar.update(images)
 
-    def log(self, step: int, **scalars: "Tensor | float") -> dict[str, Any]:
+    def log(self, step: int, **scalars: "Tensor | list[float] | float") -> dict[str, Any]:
         """Write scalars, or short vectors, under their names and return them as numbers.
 
         All tensors, which share a device, cross to the host in one copy: the only wait for the device. Images per
         second, MFU and the share of time spent waiting for data are added for the steps since the last log; the peak
-        of memory is that of the process. What is not finite is null in JSON, which has no word for it.
+        of memory is that of the process. Numbers that are not finite become null in JSON.
         """
         if not self.enabled:
             return {}
@@ -121,21 +123,19 @@ class Metrics:
             values |= {"images_per_s": speed, "data_wait": self._waited / seconds, "peak_gib": memory.peak() / 2**30}
             values |= {"mfu": speed / self._peak_images_per_s} if self._peak_images_per_s else {}
         self._window_start, self._images, self._waited = now, 0, 0.0
-        line = {"step": step, **values, "seconds": round(now - self._start, 3)}
-        with self._forgiving("metrics.jsonl"):
-            self._lines.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._lines, "a", encoding="utf-8") as file:
-                file.write(json.dumps(with_nulls(line), allow_nan=False) + "\n")
-        points = points_of(values)
-        for name, board in self._boards.items():
-            with self._forgiving(name):
-                board.draw(step, points)
+        self._write(step, values, seconds=round(now - self._start, 3))
         with self._forgiving("console"):
             self._show(step, values, now - self._start)
         return values
 
+    def log_evaluation(self, step: int, epoch: int, measures: Mapping[str, float]) -> None:
+        """Write the measures of an evaluation under `eval/` and their names, on a line of their own."""
+        if self.enabled:
+            values = {f"eval/{name}": float(value) for name, value in measures.items()}
+            self._write(step, {"epoch": float(epoch), **values})
+
     def event(self, text: str) -> None:
-        """Say one thing to people: where a checkpoint went, the result of an evaluation."""
+        """Print one line for people: where a checkpoint went, the result of an evaluation."""
         if not self.enabled or sys.stdout is None:
             return
         with self._forgiving("console"):
@@ -147,19 +147,30 @@ class Metrics:
                 print(text, flush=True)
 
     def close(self) -> None:
-        """Finish the bar and the boards, and say what the run took."""
+        """Finish the bar and the loggers, and print what the run took."""
         with self._forgiving("progress bar"):
             if self._bar is not None:
                 self._bar.close()
         self._bar = None
-        for name, board in self._boards.items():
+        for name, logger in self._loggers.items():
             with self._forgiving(name):
-                board.close()
+                logger.close()
         if self.steps:
             elapsed = perf_counter() - self._start
             speed, peak = self._all_images / (elapsed - self._idle), memory.peak() / 2**30
             took = timedelta(seconds=round(elapsed))
             self.event(f"{self.steps} steps in {took}, {speed:.4g} images/s in training, peak {peak:.2f} GiB")
+
+    def _write(self, step: int, values: Mapping[str, Any], **more: float) -> None:
+        """One line of JSON, with `more` only there, and one point in each logger."""
+        with self._forgiving("metrics.jsonl"):
+            self._lines.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._lines, "a", encoding="utf-8") as file:
+                file.write(json.dumps(with_nulls({"step": step, **values, **more}), allow_nan=False) + "\n")
+        points = points_of(values)
+        for name, logger in self._loggers.items():
+            with self._forgiving(name):
+                logger.log(step, points)
 
     def _show(self, step: int, values: Mapping[str, Any], elapsed: float) -> None:
         texts = {name: f"{value:.4g}" for name, value in values.items() if isinstance(value, float)}

@@ -1,4 +1,4 @@
-"""How fast a training could be at most: what MFU, the model FLOPs utilisation, is a share of."""
+"""Images per second of a training at the peak of its GPUs; the share that is reached is the model FLOPs utilisation."""
 
 import torch
 
@@ -31,7 +31,7 @@ PEAKS = {
 
 
 def images_per_s_at_peak(cfg: Config, devices: int, name: str | None = None) -> float | None:
-    """Images per second of the published model with every device at its peak; None where that is not known.
+    """Images per second of the published model with every device at its peak, or None if that is not known.
 
     `name` is that of the devices; None: the current one's.
     """

@@ -1,4 +1,4 @@
-"""SOLVER.PROFILE: a trace of some training steps, for https://ui.perfetto.dev or chrome://tracing."""
+"""SOLVER.PROFILE: torch.profiler's trace of some training steps, for https://ui.perfetto.dev or chrome://tracing."""
 
 import logging
 from pathlib import Path
@@ -11,7 +11,7 @@ WARM_UP = 10  # steps: by then all is compiled and recorded as a CUDA graph
 log = logging.getLogger(__name__)
 
 
-class Trace:
+class Profiler:
     """Records `steps` steps after the warm-up of this process, on the rank that logs; 0: none."""
 
     def __init__(self, output: Path, steps: int, metrics: Metrics) -> None:
@@ -21,7 +21,7 @@ class Trace:
         self._profiler: Any = None
 
     def step(self, number: int) -> None:
-        """The step of this number, counted from 1, is enqueued."""
+        """Note that the step of this number, counted from 1, is enqueued."""
         if not self._steps:
             return
         self._seen += 1
@@ -31,7 +31,7 @@ class Trace:
             self._end(number)
 
     def close(self, number: int) -> None:
-        """The run ends after the step of this number: write what there is."""
+        """Write what was recorded; the run ends after the step of this number."""
         if self._profiler is not None and number >= self._first:
             self._end(number)
         elif self._steps:

@@ -1,24 +1,24 @@
-"""Where the time before the first step goes."""
+"""Time from the start of the process to its first step, by part."""
 
 import sys
 from time import perf_counter
 
 
 class Startup:
-    """A stopwatch with laps, from its making to the first step."""
+    """Stopwatch with laps, from its creation to the first step."""
 
     def __init__(self) -> None:
         self._start = self._last = perf_counter()
         self._laps: list[tuple[str, float]] = []
 
     def lap(self, name: str) -> None:
-        """All since the lap before was this."""
+        """Count the time since the previous lap under this name."""
         now = perf_counter()
         self._laps.append((name, now - self._last))
         self._last = now
 
     def first_step(self) -> str:
-        """The laps in a line, once the device has done what was asked of it so far."""
+        """Wait for the device and return all laps in one line."""
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():
             torch.cuda.synchronize()

@@ -1,1 +1,1 @@
-"""What an evaluation leaves: tables, rank lists, the HTML report."""
+"""Reports of an evaluation: printed tables, metrics.json, rank lists, attention maps and the HTML page."""

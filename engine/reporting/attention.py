@@ -14,7 +14,7 @@ from fusionreid.engine.config import Config
 from fusionreid.engine.distributed import parallel
 from fusionreid.engine.distributed.parallel import Ranks
 from fusionreid.engine.evaluation.extract import known_only
-from fusionreid.engine.reporting.html import FAINT, GAP, INK, MARGIN, THUMBNAIL
+from fusionreid.engine.reporting.rank_lists import FAINT, GAP, INK, MARGIN, THUMBNAIL
 from fusionreid.kernels import ClassStream
 from fusionreid.kernels.reference import class_attention_weights
 
@@ -29,7 +29,7 @@ Maps = tuple[Tensor, Tensor]  # (B, h, w) each: of the CNN's class token, of the
 def attention_maps(
     model: FusionReID, records: Sequence[Record], cameras: Sequence[int], cfg: Config, ranks: Ranks
 ) -> Maps | None:
-    """Attention of the last fusion, its share at each patch, mean over heads; None of a model that fuses nothing.
+    """Return the attention of the last fusion at each patch, mean over heads; None where the model fuses nothing.
 
     All ranks call it with the same records, because a sharded model computes in step.
     """
@@ -62,7 +62,7 @@ def attention_maps(
 
 
 def attention_sheet(records: Sequence[Record], maps: Maps) -> Image.Image:
-    """A column per image: as it is, then lit by either map, brightest where most is attended to."""
+    """Draw a column per image: as it is, then lit by either map, brightest where most is attended to."""
     width, height = THUMBNAIL[0] + GAP, THUMBNAIL[1] + GAP
     sheet = Image.new("RGB", (2 * MARGIN + LABEL + len(records) * width - GAP, 2 * MARGIN + 3 * height - GAP), "white")
     pen, small = ImageDraw.Draw(sheet), ImageFont.load_default(12)

@@ -1,103 +1,123 @@
-"""What runs left in their folders, read back and drawn as one page: results, curves, pictures, settings."""
+"""The report of a run, and of others to compare it with, from the files that they left in their folders."""
 
-import json
+import math
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from fusionreid.dataloading.records import PARTS, DataError
+from fusionreid.dataloading.records import PARTS
 from fusionreid.engine.config import Config
-from fusionreid.engine.monitoring import manifest
-from fusionreid.engine.monitoring.manifest import flat
-from fusionreid.engine.reporting.html import (
-    Figure,
-    System,
-    cmc_chart,
-    line_chart,
-    picture,
-    results_table,
-    table,
-    ticks,
-    write_page,
-)
+from fusionreid.engine.reporting.charts import COLOURS, Chart, Line, line_chart, ticks
+from fusionreid.engine.reporting.html import Cell, Section, Table, text_table, write_page
+from fusionreid.engine.reporting.run_record import Counts, Result, RunRecord, read_run
 
 REPORT, RANK_LISTS, ATTENTION = "report.html", "ranks.png", "attention.png"
 PICTURES = {  # name of the file -> title, text
     RANK_LISTS: (
-        "Rank lists, from the best query to the worst",
-        "Green: the same person. Red: another. The same person in the query's own camera is left out.",
+        "Rank lists",
+        "Queries from the best to the worst. Green: the same person. Red: another person. Gallery images of the same "
+        "person by the query's own camera are left out.",
     ),
     ATTENTION: (
-        "What the branches look at in each other",
+        "Where each branch looks in the other",
         "The same queries, lit where the class token of one branch attends among the patches of the other, in the last "
         "fusion: what the CNN takes from the Transformer, and the Transformer from the CNN.",
     ),
 }
-COUNTED = "images", "persons", "cameras"
+SHOWN_RANKS = 1, 5, 10
+LAST_RANK = 20  # of the chart
+PERCENT_TICKS = range(0, 101, 20)
 
 
-class Run(NamedTuple):
-    """What a run or an evaluation left in its folder; what is not there is empty."""
-
-    name: str
-    results: dict[str, Any]  # metrics.json
-    losses: list[tuple[float, float]]  # epoch and loss of its log lines
-    settings: dict[str, Any]  # of its manifest, dotted
-
-
-def draw_report(output: Path, cfg: Config, beside: Sequence[Path] = ()) -> None:
-    """Write report.html in `output` from the files there, with the runs in other folders beside it."""
-    folders = [output, *beside]
+def draw_report(output: Path, cfg: Config, compare: Sequence[Path] = ()) -> None:
+    """Write report.html in `output` from the files there, and compare the run with those in other folders."""
+    folders = [output, *compare]
     runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders))]
-    systems = [
-        System(f"{run.name}, {by}" if beside else by, r["mAP"], r["mINP"], np.array(r["cmc"]), r["valid_queries"])
+    results = {
+        f"{run.name}, {name}" if compare else name: result
         for run in runs
-        for by, r in run.results["results"].items()
-    ]
-    sections = [
-        results_table(systems),
-        "<h2>Queries (%) with a match among the first k</h2>" + cmc_chart({s.name: s.cmc for s in systems}),
-    ]
-    if curves := {run.name: run.losses for run in runs if len(run.losses) > 1}:
-        epochs, losses = (ticks(max(ends)) for ends in zip(*(point for line in curves.values() for point in line)))
-        sections.append("<h2>Training loss</h2>" + line_chart(curves, "epoch", epochs, losses))
-    if beside:
+        for name, result in run.metrics.results.items()
+    }
+    about = runs[0].metrics
+    sections = [*_result_sections(results), *_curve_sections(runs)]
+    if compare:
         rows = differences([run.settings for run in runs])
-        sections.append(table("Settings that differ", ("", *(run.name for run in runs)), rows))
+        sections.append(Section("Settings that differ", table=text_table(("", *(run.name for run in runs)), rows)))
     for file, (title, text) in PICTURES.items():
         if (output / file).is_file():
-            with Image.open(output / file) as image:
-                sections.append(picture(Figure(title, text, image)))
-    about = runs[0].results
-    if counts := about.get("split"):
-        rows = [[part, *(f"{counts[part][what]:,}" for what in COUNTED)] for part in PARTS]
-        sections.append(table("Data", ("", *COUNTED), rows))
-    sections.append(f"<h2>Configuration</h2><pre>{escape(cfg.dump())}</pre>")
-    write_page(output / REPORT, "FusionReID", f"{about['data']} {about.get('note', '')}", sections)
+            sections.append(Section(title, text, picture=(output / file).read_bytes()))
+    if about.split:
+        rows = [[part, *(f"{count:,}" for _, count in getattr(about.split, part))] for part in PARTS]
+        sections.append(Section("Data", table=text_table(("", *Counts.model_fields), rows)))
+    sections.append(Section("Configuration", code=cfg.dump()))
+    write_page(output / REPORT, "FusionReID", f"{about.data} {about.note}".strip(), sections)
     print(f"report: {output / REPORT}")
 
 
-def read_run(folder: Path, name: str) -> Run:
-    """What is in a folder; DataError where that is no evaluation."""
-    results = _json(folder / "metrics.json")
+def _result_sections(results: Mapping[str, Result]) -> list[Section]:
     if not results:
-        raise DataError(f"{folder / 'metrics.json'} is not there: evaluate that run first")
-    lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").is_file() else []
-    entries = [json.loads(line) for line in lines if line.endswith("}")]  # a run that was killed leaves a part of one
-    losses = [(entry["epoch"], entry["loss"]) for entry in entries if "loss" in entry]
-    settings = dict(flat(_json(folder / manifest.FILE).get("config", {})))
-    return Run(name, results, [point for point in losses if np.isfinite(point).all()], settings)
+        return [Section("Results", "This run has not been evaluated yet.")]
+    last = max(2, min(LAST_RANK, max(len(result.cmc) for result in results.values())))
+    curves = [[(float(k), 100 * result.rate_at(k)) for k in range(1, last + 1)] for result in results.values()]
+    lines = [
+        Line(name, [point for point in curve if math.isfinite(point[1])], i, i // COLOURS)
+        for i, (name, curve) in enumerate(zip(results, curves))
+    ]
+    chart = line_chart("rank", lines, (1, *range(5, last + 1, 5)), PERCENT_TICKS)
+    return [
+        Section("Results, %", table=results_table(results)),
+        Section("CMC, %", "Queries with a match among the first k images of their ranking.", chart),
+    ]
+
+
+def _curve_sections(runs: Sequence[RunRecord]) -> list[Section]:
+    losses = [Line(run.name, run.curve("loss"), i, i // COLOURS) for i, run in enumerate(runs)]
+    measures = [
+        Line(f"{run.name}, {measure}" if len(runs) > 1 else measure, run.curve(key, 100), i, dash)
+        for i, run in enumerate(runs)
+        for dash, (key, measure) in enumerate((("mAP", "mAP"), ("rank1", "Rank-1")))
+    ]
+    charts = {
+        "Training loss": _over_epochs([line for line in losses if len(line.points) > 1]),
+        "mAP and Rank-1 during training, %": _over_epochs([line for line in measures if line.points], PERCENT_TICKS),
+    }
+    return [Section(title, chart=chart) for title, chart in charts.items() if chart is not None]
+
+
+def _over_epochs(lines: Sequence[Line], y_ticks: Sequence[float] | None = None) -> Chart | None:
+    if not lines:
+        return None
+    last_epoch = max(epoch for line in lines for epoch, _ in line.points)
+    highest = max(value for line in lines for _, value in line.points)
+    return line_chart("epoch", lines, ticks(last_epoch), ticks(highest) if y_ticks is None else y_ticks)
+
+
+def results_table(results: Mapping[str, Result]) -> Table:
+    """Lay out measures in %, the best of each in bold where there are several rows."""
+    rates = [[r.mAP, r.mINP, *(r.rate_at(rank) for rank in SHOWN_RANKS)] for r in results.values()]
+    best = [max(filter(math.isfinite, column), default=math.nan) for column in zip(*rates)]
+    head = ("", "mAP", "mINP", *(f"Rank-{rank}" for rank in SHOWN_RANKS), "valid queries")
+    rows = [
+        [
+            Cell(name),
+            *(Cell(_percent(rate), len(rates) > 1 and rate == top) for rate, top in zip(row, best)),
+            Cell(f"{result.valid_queries:,}"),
+        ]
+        for (name, result), row in zip(results.items(), rates)
+    ]
+    return Table(head, rows)
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.1f}" if math.isfinite(rate) else "n/a"
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """The ends of the paths, as long as it takes to tell them apart."""
+    """Name folders by the ends of their paths, as long as it takes to tell them apart."""
     paths = [folder.absolute().parts for folder in folders]
-    for length in range(1, max(map(len, paths))):
+    names: list[str] = []
+    for length in range(1, max(map(len, paths)) + 1):
         names = ["/".join(path[-length:]) for path in paths]
         if len(set(names)) == len(names):
             break
@@ -105,17 +125,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 
 def differences(settings: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A row for every key that has not the same value in all runs; OUTPUT_DIR differs always."""
+    """Make a row for every key whose value is not the same in all runs; OUTPUT_DIR always differs and is left out."""
     keys = [key for key in dict(ChainMap(*reversed(settings))) if key != "OUTPUT_DIR"]
     rows = [[key, *(str(values.get(key, "")) for values in settings)] for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found: dict[str, Any] = json.loads(path.read_bytes())
-        return found
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}") from error

@@ -1,99 +1,86 @@
-"""What an evaluation leaves: a table, metrics.json with intervals and details, and the report with rank lists."""
+"""Results of an evaluation: the printed table, metrics.json with intervals and details, pictures and the report."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fusionreid.dataloading.records import Record, Split
 from fusionreid.engine.config import Config
-from fusionreid.engine.evaluation.measures import (
-    Ids,
-    bootstrap,
-    camera_pairs,
-    distance_blocks,
-    operating_points,
-    pool_queries,
-    single_gallery_shot,
-)
-from fusionreid.engine.evaluation.retrieval import Ranking, rank, top_k
+from fusionreid.engine.evaluation.measures import Ids, bootstrap
+from fusionreid.engine.evaluation.retrieval import Ranking, top_k
 from fusionreid.engine.reporting.attention import Maps, attention_sheet
-from fusionreid.engine.reporting.html import SHOWN_QUERIES, choose_queries, rank_lists
-from fusionreid.engine.reporting.runs import ATTENTION, RANK_LISTS, draw_report
-from fusionreid.engine.storage import write_json
-
-FALSE_POSITIVE_RATES = 1e-4, 1e-3, 1e-2
-SHOWN_RANKS = 1, 5, 10
+from fusionreid.engine.reporting.rank_lists import SHOWN_QUERIES, choose_queries, rank_lists
+from fusionreid.engine.reporting.run_record import Result
+from fusionreid.engine.reporting.runs import ATTENTION, RANK_LISTS, SHOWN_RANKS, draw_report
+from fusionreid.files import atomic_write, write_json
 
 
 def write_results(output: Path, rankings: Mapping[str, Ranking], about: Mapping[str, Any]) -> None:
     """Print the table and write metrics.json: measures by name, and what they are about."""
-    print(
-        f"{'%':18}{'mAP':>8}{'mINP':>8}{'Rank-1':>8}{'Rank-5':>8}{'Rank-10':>8}{'queries':>9}{'mAP, 95 % interval':>22}"
-    )
+    columns = "mAP", "mINP", *(f"Rank-{rank}" for rank in SHOWN_RANKS)
+    print(f"{'%':18}{''.join(f'{column:>8}' for column in columns)}{'queries':>9}{'mAP, 95 % interval':>22}")
     results = {}
     for name, ranking in rankings.items():
         each = [ranking.average_precisions, ranking.inverse_penalties, (ranking.first_ranks == 1).double()]
         low, high = (limits.tolist() for limits in bootstrap(torch.stack(each, 1)))
-        measures = ranking.mAP, ranking.mINP, *ranking.cmc[[r - 1 for r in SHOWN_RANKS]].tolist()
+        cmc, count = ranking.cmc.tolist(), ranking.num_valid
+        result = Result(mAP=ranking.mAP, mINP=ranking.mINP, cmc=cmc, valid_queries=count)
+        measures = result.mAP, result.mINP, *(result.rate_at(rank) for rank in SHOWN_RANKS)
         interval = f"{100 * low[0]:.1f} to {100 * high[0]:.1f}"
-        line = "".join(f"{100 * value:8.1f}" for value in measures)
-        print(f"{name:18}{line}{ranking.num_valid:9}{interval:>22}")
+        print(f"{name:18}{''.join(f'{100 * value:8.1f}' for value in measures)}{count:9}{interval:>22}")
         results[name] = {
-            "mAP": ranking.mAP, "mINP": ranking.mINP, "cmc": ranking.cmc.tolist(),
+            **result.model_dump(),
             "interval_95": dict(zip(("mAP", "mINP", "Rank-1"), map(list, zip(low, high)))),
-            "valid_queries": ranking.num_valid, "unmatched_queries": ranking.num_unmatched,
-        }  # fmt: skip
+            "unmatched_queries": ranking.num_unmatched,
+        }
     write_json(output / "metrics.json", {**about, "results": results})
 
 
-def details(features: Tensor, num_query: int, ids: Ids) -> dict[str, Any]:
-    """What TEST.DETAILS adds to metrics.json, thresholds also to what is printed; cameras are counted from 1."""
-    query, gallery = features[:num_query], features[num_query:]
-    pooled, persons, cameras = pool_queries(query, ids[0], ids[2])
-    multi = rank(pooled, gallery, persons, ids[1], cameras, ids[3])
-    pairs = camera_pairs(query, gallery, ids, metric="euclidean")
-    unit_length = bool(((features.norm(dim=1) - 1).abs() < 1e-3).all())
-    points = operating_points(distance_blocks(query, gallery), ids, FALSE_POSITIVE_RATES)
-    thresholds = [{**p._asdict(), **({"cosine": 1 - p.distance / 2} if unit_length else {})} for p in points]
-    for point in thresholds:
-        limit = f"cosine {point['cosine']:.3f} up" if unit_length else f"distance {point['distance'] ** 0.5:.3f} down"
-        print(f"the same person from {limit}: so say {100 * point['true_positive_rate']:.1f} % of the matches and at "
-              f"most 1 in {1 / point['false_positive_rate']:,.0f} of all other pairs")  # fmt: skip
-    shot = single_gallery_shot(distance_blocks(query, gallery), ids)
-    return {
-        "camera_pairs": [{**p._asdict(), "query": p.query + 1, "gallery": p.gallery + 1} for p in pairs],
-        "thresholds": thresholds,
-        "single_gallery_shot": {f"Rank-{r}": shot[r - 1].item() for r in SHOWN_RANKS},
-        "multi_query": {"queries": multi.num_valid, "mAP": multi.mAP, "Rank-1": multi.cmc[0].item()},
-    }
+def add_details(output: Path, details: Mapping[str, Any]) -> None:
+    """Add what TEST.DETAILS asks for to metrics.json, and print the thresholds among it."""
+    for point in details["thresholds"]:
+        cosine, distance = point.get("cosine"), point["distance"] ** 0.5
+        limit = f"distance at most {distance:.3f}" if cosine is None else f"cosine at least {cosine:.3f}"
+        found, rarity = 100 * point["true_positive_rate"], 1 / point["false_positive_rate"]
+        print(f"same person if {limit}: finds {found:.1f} % of the matches, accepts 1 in {rarity:,.0f} other pairs")
+    results = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    write_json(output / "metrics.json", {**results, **details})
 
 
 def shown_queries(ranking: Ranking, query: Sequence[Record]) -> list[Record]:
-    """Those in the pictures."""
+    """Choose the queries that the pictures show."""
     return [query[i] for i in choose_queries(_precision(ranking), SHOWN_QUERIES)]
 
 
 def _precision(ranking: Ranking) -> np.ndarray:
-    """Average precision (Q,), NaN where a query has no match."""
+    """Return the average precision (Q,), NaN where a query has no match."""
     matched = ranking.num_matches.numpy() > 0
     precision = np.full(len(matched), np.nan)
     precision[matched] = ranking.average_precisions
     return precision
 
 
-def show(cfg: Config, split: Split, features: Tensor, ids: Ids, ranking: Ranking, maps: Maps | None) -> None:
+def write_report(cfg: Config, split: Split, features: Tensor, ids: Ids, ranking: Ranking, maps: Maps | None) -> None:
     """Write ranks.png and attention.png, then report.html; the rank lists are those of the ranking."""
     output, num_query = Path(cfg.OUTPUT_DIR), len(split.query)
-    distances, neighbours = top_k(features[:num_query], features[num_query:], *ids, k=10, metric="euclidean")
+    nearest = top_k(features[:num_query], features[num_query:], *ids, k=10, metric="euclidean")
+    distances, neighbours = (tensor.cpu() for tensor in nearest)
     shown = 1 - distances / 2 if cfg.TEST.FEAT_NORM else distances.sqrt()  # the cosine at unit length, else a distance
     lists = rank_lists(split.query, split.gallery, neighbours.numpy(), shown.numpy(), _precision(ranking))
-    lists.save(output / RANK_LISTS)
+    _save(lists, output / RANK_LISTS)
     if maps is not None:
-        attention_sheet(shown_queries(ranking, split.query), maps).save(output / ATTENTION)
+        _save(attention_sheet(shown_queries(ranking, split.query), maps), output / ATTENTION)
     else:
         (output / ATTENTION).unlink(missing_ok=True)  # of another model
     draw_report(output, cfg)
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    with atomic_write(path) as file:
+        picture.save(file, "PNG", optimize=True)

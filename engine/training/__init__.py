@@ -1,1 +1,1 @@
-"""The trainer, its step, optimisers, EMA and CUDA graph."""
+"""The trainer, its step and state, optimisers, EMA and CUDA graph."""

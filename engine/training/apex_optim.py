@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from fusionreid.engine.config import SolverConfig
+from fusionreid.errors import ReIDError
 
 
-class ApexError(ValueError):
+class ApexError(ReIDError, ValueError):
     """SOLVER.OPTIMIZER_IMPL is apex and NVIDIA apex cannot be used here."""
-
-    exit_code = 2
 
 
 def load(device_type: str) -> Any:

@@ -21,7 +21,7 @@ class Graphed:
         self.stream = torch.cuda.Stream()
 
     def __call__(self, *inputs: Tensor) -> None:
-        """The same work on these inputs, which are copied."""
+        """Do the same work on these inputs, which are copied."""
         if not self.inputs:
             self.inputs = [given.clone() for given in inputs]
         for own, given in zip(self.inputs, inputs, strict=True):

@@ -1,4 +1,4 @@
-"""The moving average of weights and statistics:  average <- decay average + (1 - decay) weights, after every step.
+"""Exponential moving average of weights and statistics:  average <- decay average + (1 - decay) weights, every step.
 
 Source: Polyak and Juditsky, Acceleration of Stochastic Approximation by Averaging, 1992, with forgetting.
 """
@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from fusionreid.engine.distributed.parallel import equalise, full_tensor, local_shard, shard_like
 
 
-class Average:
-    """An average of every floating entry of a model's state, as local shards on its device."""
+class EMA:
+    """Exponential moving average of every floating entry of a model's state, as local shards on its device."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -27,8 +27,8 @@ class Average:
         torch._foreach_lerp_(self._average, self._own, 1 - self.decay)
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
-        """In here the model computes with the average. All ranks call it."""
+    def applied(self) -> Iterator[None]:
+        """Context manager: swap in the average as the model's weights. All ranks call it."""
         self._equalise()
         own = [t.clone() for t in self._own]
         torch._foreach_copy_(self._own, self._average)
@@ -39,14 +39,18 @@ class Average:
 
     def state(self) -> dict[str, Tensor]:
         """The whole average on the CPU, by entry. All ranks call it."""
+        return {name: full_tensor(t, like=like) for name, t, like in self.shards()}
+
+    def shards(self) -> list[tuple[str, Tensor, Tensor]]:
+        """Entry, local shard of its average, and the model's tensor that is sharded likewise. All ranks call it."""
         self._equalise()
-        return {name: full_tensor(t, like=like) for (name, like), t in zip(self.entries.items(), self._average)}
+        return [(name, t, like) for (name, like), t in zip(self.entries.items(), self._average)]
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
         for (name, like), average in zip(self.entries.items(), self._average):
             average.copy_(shard_like(state[name], like))
 
     def _equalise(self) -> None:
-        """Batch-norm statistics are of each rank's own images."""
+        """Average over ranks what is not sharded: batch-norm statistics are those of each rank's own images."""
         equalise([own for own, like in zip(self._average, self.entries.values()) if not isinstance(like, DTensor)])

@@ -82,12 +82,13 @@ class Optimizer:
         self._squares = torch.zeros(2, dtype=torch.float64, device=device)  # of gradient norms; steps among them
 
     def set_epoch(self, epoch: int) -> None:
-        """Learning rates are tensors that stay in place, on the device: a CUDA graph reads them at every replay."""
+        """Set the learning rates of an epoch in place: a CUDA graph reads these tensors at every replay."""
         self.rate = learning_rate(epoch, self.solver.BASE_LR, self.solver)
         for group in self.torch.param_groups:
             group["lr"].fill_(learning_rate(epoch, group["base"], self.solver))
 
     def backward(self, loss: Tensor) -> None:
+        """Compute the gradients of a loss, scaled in fp16."""
         self.scaler.scale(loss).backward()
 
     @torch.no_grad()
@@ -123,7 +124,7 @@ class Optimizer:
         return (squares * self._parts / steps).sqrt()
 
     def _norm_of_shards(self) -> Tensor:
-        """Of this rank's part of the gradient, 0-d in double precision, without the loss scale."""
+        """Norm of this rank's part of the gradient, 0-d in double precision, without the loss scale."""
         norm = nn.utils.get_total_norm([s.grad for s in self.shards.values() if s.grad is not None]).double()
         return norm / self.scaler._scale if self.scaler.is_enabled() else norm
 
@@ -139,13 +140,16 @@ class Optimizer:
         return state
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave, as local shards."""
+        """Restore what `state` returned, as local shards."""
         for entry, value in state.items():
             name, what = entry.rsplit("/", 1)
             if name == "scaler":
                 continue
-            own = self.torch.state[self.shards[name]]
-            own[what] = own[what].copy_(value) if what in own else value
+            shard = self.shards[name]
+            own = self.torch.state[shard]
+            if what not in own:  # laid out in memory as the weight is: a fused step reads both in that order
+                own[what] = torch.empty_like(shard, dtype=value.dtype) if value.shape == shard.shape else value
+            own[what].copy_(value)
         if self.scaler.is_enabled() and "scaler/scale" in state:
             scaler = self.scaler.state_dict()
             scaler["scale"], scaler["_growth_tracker"] = (

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -16,20 +16,31 @@ from fusionreid.engine.distributed import parallel
 from fusionreid.engine.distributed.global_batch import gather_ranks
 from fusionreid.engine.distributed.parallel import Ranks
 from fusionreid.engine.training.cuda_graph import Graphed
-from fusionreid.engine.training.ema import Average
+from fusionreid.engine.training.ema import EMA
 from fusionreid.engine.training.optim import Optimizer
+from fusionreid.errors import ReIDError
 from fusionreid.losses import CenterLoss, CosineMargin, head_names, reid_loss
 from fusionreid.model import Outputs
 
 
-class ChunkError(ValueError):
+class ChunkError(ReIDError, ValueError):
     """A batch cannot be computed in as many chunks as asked for."""
 
-    exit_code = 2
+
+class StepReport(NamedTuple):
+    """What the device found: means over the steps since the last `clear` and over all ranks, as numbers on the host."""
+
+    loss: float  # identity and triplet losses of all heads
+    identity: list[float]  # by head
+    triplet: list[float]  # by head
+    accuracy: float
+    stop_wanted: bool  # by any rank
+    skipped: int  # steps in a row, by the loss scaler of fp16
+    bad_step: int  # the first one with a non-finite loss, -1 if there was none
 
 
 class TrainStep:
-    """Enqueued without waiting for the device; what was found waits in `sums` and `bad_step`.
+    """Enqueue training steps without waiting for the device; `read` waits and reports what it found.
 
     With SOLVER.ACCUMULATE a batch is embedded in chunks without a graph, the loss is that of all embeddings, and each
     chunk is computed again to pass its embeddings' gradients on: the gradient of the whole batch in the memory of one
@@ -38,11 +49,11 @@ class TrainStep:
     """
 
     def __init__(
-        self, model: FSDPModule, optimizer: Optimizer, cfg: Config, ranks: Ranks, center_loss: CenterLoss | None = None
+        self, model: nn.Module, optimizer: Optimizer, cfg: Config, ranks: Ranks, center_loss: CenterLoss | None = None
     ) -> None:
         self.model, self.optimizer, self.cfg, self.ranks, self.center_loss = model, optimizer, cfg, ranks, center_loss
-        self.exact = cfg.PARALLEL.EXACT and ranks.world_size > 1
-        self.average = Average(model, cfg.SOLVER.EMA) if cfg.SOLVER.EMA else None
+        self.exact = parallel.is_exact(cfg.PARALLEL, ranks)
+        self.ema = EMA(model, cfg.SOLVER.EMA) if cfg.SOLVER.EMA else None
         self.loss_options = loss_options(cfg, center_loss)
         self.heads = head_names(cfg.MODEL.RES_USE, cfg.MODEL.TRANS_USE)
         share, chunks = cfg.SOLVER.IMS_PER_BATCH // ranks.world_size, cfg.SOLVER.ACCUMULATE
@@ -55,28 +66,38 @@ class TrainStep:
         self.seed = 0
         self.number = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self.wants_stop = torch.zeros((), device=ranks.device)
-        self.sums = torch.zeros(2 * len(self.heads) + 2, dtype=torch.float64, device=ranks.device)  # since the last log
-        self.summed = 0  # steps in `sums`
+        # identity and triplet losses by head, accuracy, wishes to stop: summed over the steps since the last `clear`
+        self._sums = torch.zeros(2 * len(self.heads) + 2, dtype=torch.float64, device=ranks.device)
+        self._summed = 0  # steps in them
         self.bad_step = torch.full((), -1, device=ranks.device)  # the first with a non-finite loss
         self._work: Callable[..., None] = Graphed(self.update) if fits_graph(cfg, ranks) else self.update
 
     def __call__(self, batch: Batch, number: int, stop: int = 0) -> None:
-        """The step of this number, counted from 0 over all epochs; `stop` is a wish to be passed on to all ranks."""
+        """Enqueue the step of this number, counted from 0 over all epochs; `stop` is passed on to all ranks."""
         seed = (number * self.ranks.world_size + self.ranks.rank) * len(self.chunks)
         self.seed = self.cfg.SOLVER.SEED + (seed << 32)
         torch.manual_seed(self.seed)  # of dropout: nothing random has a state to resume
         self.number.fill_(number)
         self.wants_stop.fill_(stop)
         self._work(batch.images, batch.persons, batch.cameras)
-        self.summed += 1
+        self._summed += 1
+
+    def read(self) -> StepReport:
+        """Wait for the device and copy what it found since the last `clear`, at once."""
+        found = torch.cat([self._sums, self.optimizer.skipped[None], self.bad_step[None]]).cpu()
+        heads, means = len(self.heads), found[:-3] / max(self._summed, 1)
+        *losses, accuracy = means.tolist()
+        stop, skipped, bad_step = found[-3:].tolist()
+        loss = means[:-1].sum().item()
+        return StepReport(loss, losses[:heads], losses[heads:], accuracy, stop > 0, int(skipped), int(bad_step))
 
     def clear(self) -> None:
-        """Begin new sums."""
-        self.sums.zero_()
-        self.summed = 0
+        """Start new means."""
+        self._sums.zero_()
+        self._summed = 0
 
     def update(self, images: Tensor, persons: Tensor, cameras: Tensor) -> None:
-        """All that a step does on the device, and nothing that a CUDA graph could not replay."""
+        """Do all that a step does on the device, and nothing that a CUDA graph could not replay."""
         self.draws.draw(self.number)
         own, embeddings = self._embed(images, cameras)
         outputs, persons = self._of_all_ranks(own, persons) if self.exact else (own, persons)
@@ -92,12 +113,12 @@ class TrainStep:
         self.optimizer.step(self.bad_step >= 0)  # once set, no weight moves any more
         if self.center_loss is not None:
             self._learn_centers(self.center_loss, outputs.features[0].detach(), persons)
-        if self.average is not None:
-            self.average.update()
-        self.sums += report
+        if self.ema is not None:
+            self.ema.update()
+        self._sums += report
 
     def _forward(self, images: Tensor, cameras: Tensor, number: int) -> Outputs:
-        """Of one chunk, with the same draws whenever it is computed."""
+        """Compute one chunk, with the same random numbers whenever it is computed."""
         chunk = self.chunks[number]
         self.draws.show(chunk)
         if number:
@@ -106,7 +127,7 @@ class TrainStep:
             return self.model(images[chunk], cameras[chunk])
 
     def _embed(self, images: Tensor, cameras: Tensor) -> tuple[Outputs, Tensor | None]:
-        """The outputs of the batch; of chunks also what they were cut from, which is where their gradient ends."""
+        """Return the outputs of the batch and, of several chunks, the leaf they are cut from: it gets the gradient."""
         if len(self.chunks) == 1:
             return self._forward(images, cameras, 0), None
         with torch.no_grad(), frozen_statistics(self.model):
@@ -115,11 +136,12 @@ class TrainStep:
         return unpack(embeddings, parts[0]), embeddings
 
     def _pass_on(self, gradient: Tensor, images: Tensor, cameras: Tensor) -> None:
-        """Gradients of the embeddings to the weights, chunk by chunk; ranks add them up at the last one."""
+        """Pass the gradient of the embeddings on to the weights, chunk by chunk; ranks add it up at the last one."""
         for number, chunk in enumerate(self.chunks):
             last = number == len(self.chunks) - 1
-            self.model.set_requires_gradient_sync(last)
-            self.model.set_reshard_after_backward(last)
+            if isinstance(self.model, FSDPModule):
+                self.model.set_requires_gradient_sync(last)
+                self.model.set_reshard_after_backward(last)
             if number == 0:
                 torch.manual_seed(self.seed)
             pack(self._forward(images, cameras, number)).backward(gradient[chunk])
@@ -128,7 +150,7 @@ class TrainStep:
         return unpack(gather_ranks(pack(outputs)), outputs), gather_ranks(persons)
 
     def _learn_centers(self, center_loss: CenterLoss, features: Tensor, persons: Tensor) -> None:
-        """Centers follow the unweighted center loss at a rate of their own, the same on all ranks."""
+        """Move the centers along the unweighted center loss at a rate of their own, the same on all ranks."""
         centers = center_loss.centers
         (gradient,) = torch.autograd.grad(center_loss(features, persons), centers)
         parallel.all_reduce_mean(gradient)
@@ -137,12 +159,12 @@ class TrainStep:
 
 
 def pack(outputs: Outputs) -> Tensor:
-    """All that the loss reads, side by side (B, ...)."""
+    """Concatenate all that the loss reads, (B, ...)."""
     return torch.cat((*outputs.features, *outputs.logits), 1)
 
 
 def unpack(packed: Tensor, like: Outputs) -> Outputs:
-    """The inverse of `pack`, of any number of images; nothing reads the normed features."""
+    """Invert `pack`, for any number of images; nothing reads the normed features."""
     parts = (*like.features, *like.logits)
     columns = packed.split([part.shape[1] for part in parts], 1)
     columns = tuple(column.to(part.dtype) for column, part in zip(columns, parts))
@@ -150,8 +172,8 @@ def unpack(packed: Tensor, like: Outputs) -> Outputs:
 
 
 @contextmanager
-def frozen_statistics(model: FSDPModule) -> Iterator[None]:
-    """Batch norm still normalises by the batch, but its running statistics do not follow."""
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Context manager: batch norm still normalises by the batch, but its running statistics stay."""
     norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
@@ -163,17 +185,14 @@ def frozen_statistics(model: FSDPModule) -> Iterator[None]:
 
 
 def fits_graph(cfg: Config, ranks: Ranks) -> bool:
-    """Whether a step is the same launches every time: a loss scaler, ranks, seeds and rates in it prevent that.
-
-    It begins and ends with sharded weights, so that gathering them, into the record's own memory, is part of a replay.
-    """
+    """Whether a step is the same launches every time: a loss scaler, several ranks or chunks prevent that."""
     plain = cfg.SOLVER.PRECISION != "fp16" and cfg.SOLVER.ACCUMULATE == 1 and not cfg.PARALLEL.CHECKPOINT
     plain &= cfg.SOLVER.OPTIMIZER_IMPL == "torch"
     return cfg.PARALLEL.GRAPH and ranks.device.type == "cuda" and ranks.world_size == 1 and plain
 
 
 def loss_options(cfg: Config, center_loss: CenterLoss | None) -> dict[str, Any]:
-    """What `reid_loss` is asked for."""
+    """Options of `reid_loss` that the configuration asks for."""
     model, solver = cfg.MODEL, cfg.SOLVER
     cosine_margin = None
     if model.ID_LOSS_TYPE != "softmax":

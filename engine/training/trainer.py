@@ -1,297 +1,300 @@
-"""The training loop: plan -> pixels -> model -> losses -> update, resumable at every step, on any number of ranks."""
+"""The trainer: set-up, the loop over epochs, logs, evaluation and checkpoints; it resumes at every step."""
 
-import logging
-import math
 import signal
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from fusionreid.dataloading import read_split
 from fusionreid.dataloading.bad_images import BadImages
 from fusionreid.dataloading.loader import TestLoader, TrainLoader
 from fusionreid.dataloading.records import check_batch, scarce_persons
-from fusionreid.engine.checkpoints import checkpoint
-from fusionreid.engine.checkpoints.load_model import build, config_of, load_model
-from fusionreid.engine.command import Stop, lock
+from fusionreid.engine.checkpoints.checkpoint import step_of
+from fusionreid.engine.checkpoints.load_model import build
+from fusionreid.engine.checkpoints.store import CheckpointStore
 from fusionreid.engine.config import Config
-from fusionreid.engine.distributed import parallel
-from fusionreid.engine.evaluation.evaluator import Evaluation, NonFiniteError, check_cameras, evaluate, split_ids
+from fusionreid.engine.distributed import parallel, peers
+from fusionreid.engine.distributed.agreement import check_shared
+from fusionreid.engine.distributed.global_batch import check_mining
+from fusionreid.engine.distributed.numerics import set_numerics
+from fusionreid.engine.evaluation.evaluator import check_cameras, evaluate, split_ids
 from fusionreid.engine.evaluation.extract import images_of
 from fusionreid.engine.evaluation.retrieval import check_matches
 from fusionreid.engine.monitoring import manifest, memory
-from fusionreid.engine.monitoring.loggers import boards
+from fusionreid.engine.monitoring.loggers import logger_factories
 from fusionreid.engine.monitoring.metrics import Metrics
 from fusionreid.engine.monitoring.mfu import images_per_s_at_peak
-from fusionreid.engine.monitoring.profiler import Trace
+from fusionreid.engine.monitoring.profiler import Profiler
 from fusionreid.engine.monitoring.startup import Startup
-from fusionreid.engine.storage import StorageError, write_json
+from fusionreid.engine.signals import Stop
+from fusionreid.engine.storage import lock
+from fusionreid.engine.training.non_finite import not_finite, refuse
 from fusionreid.engine.training.optim import Optimizer
-from fusionreid.engine.training.train_step import TrainStep
+from fusionreid.engine.training.resume import find
+from fusionreid.engine.training.state import StateCapture, restore
+from fusionreid.engine.training.train_step import StepReport, TrainStep
 from fusionreid.losses import CenterLoss
 from fusionreid.weights import load_pretrained
 
 SAVE_SECONDS = 600.0  # a checkpoint is also written at the end of an epoch that this much work would be lost with
-FAILED_SAVES = 3  # in a row end the run
-SKIPPED_STEPS = 20  # in a row, by the loss scaler of fp16
-WATCH_STEPS = {"cpu": 1, "cuda": 20}  # how often the host looks at what the device found; no wait in between
-
-log = logging.getLogger(__name__)
+READ_STEPS = {"cpu": 1, "cuda": 20}  # how often the host reads what the device found; no wait in between
+LOGGED_RANKS = 1, 5, 10  # of the CMC of each evaluation
 
 
-class Run:
-    """One training run of this process and its peers, in cfg.OUTPUT_DIR."""
+class Trainer:
+    """One training run of this process and its peers, in cfg.OUTPUT_DIR.
+
+    Signals are not its business: `train` is given a `Stop`, which whoever owns the process makes.
+    """
 
     def __init__(self, cfg: Config, startup: Startup | None = None) -> None:
-        startup = startup or Startup()
-        self.cfg = cfg
-        self.ranks = ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
+        self.cfg, self.startup = cfg, startup or Startup()
+        self.ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
+        set_numerics(cfg.SOLVER.PRECISION, deterministic=cfg.PARALLEL.DETERMINISTIC)
         self.output = Path(cfg.OUTPUT_DIR)
-        self.lock = lock(self.output) if ranks.main else None
-        self.bad = BadImages(cfg.DATASETS.ON_BAD, self.output, ranks.main)
-        self.split = ranks.first(lambda: self.bad.check(read_split(cfg.DATASETS)))
+        self.stop: Stop | None = None
+        self.epoch, self.step_in_epoch, self.step = 1, 0, 0
+        self.evaluation_due = False  # at this very step
+        self.last_save = time.monotonic()
+        with ExitStack() as opened:  # closed here if a part fails, by `close` if none does
+            self._open_output(opened)
+            self._read_data()
+            self._build_model()
+            self._resume()
+            self._load_images(opened)  # after all that may be refused: it may have every image to decode
+            self._open_logs(opened)
+            self._opened = opened.pop_all()
+
+    def train(self, stop: Stop | None = None) -> None:
+        """Train to the last epoch, then close; SystemExit with the signal's exit code once `stop` asks for it."""
+        self.stop = stop
+        with self._opened:
+            if self.evaluation_due:  # and cut short when this run ended
+                with self.metrics.paused():
+                    self._evaluate()
+            elif self._is_finished:
+                self._say(f"this run has finished its {self.cfg.SOLVER.MAX_EPOCHS} epochs")
+            while not self._is_finished:
+                self._train_epoch()
+                self._finish_epoch()
+
+    @property
+    def _is_finished(self) -> bool:
+        return self.epoch > self.cfg.SOLVER.MAX_EPOCHS
+
+    def close(self) -> None:
+        """Close logs, loader and output folder of a trainer that does not train."""
+        self._opened.close()
+
+    def _open_output(self, opened: ExitStack) -> None:
+        """Lock the output folder; rank 0 alone writes there, but all must see it."""
+        self.store = None
+        if self.ranks.main:
+            opened.enter_context(lock(self.output))
+            self.store = CheckpointStore(self.output / "checkpoints")
+            opened.callback(self.store.close)
+        check_shared(self.output, self.ranks)
+
+    def _read_data(self) -> None:
+        cfg, ranks = self.cfg, self.ranks
+        self.bad_images = BadImages(cfg.DATASETS.ON_BAD, self.output, ranks.main)
+        self.split = ranks.first(lambda: self.bad_images.check(read_split(cfg.DATASETS)))
         check_batch(self.split, cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE, ranks.world_size)
+        if ranks.world_size > 1 and not parallel.is_exact(cfg.PARALLEL, ranks):
+            check_mining(cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE, ranks.world_size)
         check_cameras(self.split, self.split.cameras, cfg)
         check_matches(*split_ids(self.split))
-        self.say(self.split.describe())
-        if scarce := scarce_persons(self.split, cfg.DATALOADER.NUM_INSTANCE):
-            self.say(f"{scarce} persons have fewer than {cfg.DATALOADER.NUM_INSTANCE} images: theirs repeat in a batch")
-        startup.lap("data set")
+        self._say(self.split.describe())
+        instances = cfg.DATALOADER.NUM_INSTANCE
+        if scarce := scarce_persons(self.split, instances):
+            self._say(f"{scarce} persons have fewer than {instances} images: theirs repeat in a batch")
+        self.startup.lap("data set")
+
+    def _build_model(self) -> None:
+        cfg, ranks = self.cfg, self.ranks
         torch.manual_seed(cfg.SOLVER.SEED)
         model = build(cfg, self.split.num_persons, self.split.num_cameras)
         for report in load_pretrained(model, cfg.MODEL):
-            self.say(report.describe())
+            self._say(report.describe())
         self.model = parallel.shard(model.to(ranks.device), ranks, cfg.PARALLEL)
         self.optimizer = Optimizer(self.model, cfg.SOLVER, ranks.device)
-        startup.lap("model")
-        self.center_loss = None
+        center_loss = None
         if cfg.MODEL.IF_WITH_CENTER:
-            self.center_loss = CenterLoss(self.split.num_persons, model.heads[0].classifier.in_features)
-            self.center_loss.to(ranks.device)
-        self.train_step = TrainStep(self.model, self.optimizer, cfg, ranks, self.center_loss)
-        self.epoch, self.step_in_epoch, self.step = 1, 0, 0
-        self.failed_saves, self.last_save = 0, time.monotonic()
-        self.resume()
-        startup.lap("resuming")
-        self.loader = TrainLoader(  # after all that may be refused: it may have every image to decode
-            self.split, cfg.INPUT, cfg.DATALOADER, batch_size=cfg.SOLVER.IMS_PER_BATCH, seed=cfg.SOLVER.SEED,
-            rank=ranks.rank, world_size=ranks.world_size, device=ranks.device, bad_images=self.bad)  # fmt: skip
-        self.say(self.loader.note)
-        startup.lap("images")
-        self.stop = Stop()
-        total = self.loader.steps(1) * cfg.SOLVER.MAX_EPOCHS  # about: epochs differ by a few steps
-        self.metrics = self.open_metrics(total, startup)
-        self.trace = Trace(self.output, cfg.SOLVER.PROFILE, self.metrics)
-        self.loaded = memory.held()
-        startup.lap("logs")
+            center_loss = CenterLoss(self.split.num_persons, model.heads[0].classifier.in_features).to(ranks.device)
+        self.train_step = TrainStep(self.model, self.optimizer, cfg, ranks, center_loss)
+        self.capture = StateCapture(self.model, self.train_step, ranks)
+        self.startup.lap("model")
 
-    def train(self) -> Evaluation:
-        """Train to the last epoch and return the last evaluation."""
-        result = None
-        try:
-            while self.epoch <= self.cfg.SOLVER.MAX_EPOCHS:
-                self.train_epoch()
-                result = self.finish_epoch()
-            return result or self.evaluate()
-        except (MemoryError, RuntimeError) as error:
-            memory.explain(error, self.cfg, self.loaded, self.metrics.steps)
-            raise
-        finally:
-            self.trace.close(self.step)
-            self.loader.close()
-            self.metrics.close()
-            self.stop.close()
-            if self.lock:
-                self.lock.close()
+    def _resume(self) -> None:
+        """Go on from the newest whole checkpoint in the output folder, exactly where it was written."""
+        position, tensors = find(self.store, self.cfg, self.ranks)
+        if position is not None:
+            restore(tensors, self.model, self.train_step, self.ranks)
+            self.epoch, self.step_in_epoch, self.step = position.epoch, position.step_in_epoch, position.step
+            self.evaluation_due = position.evaluation_due
+            peers.goes_on_from(self.step)
+            self._say(f"resumed from {position.path}: epoch {self.epoch}, step {self.step_in_epoch}")
+        self.startup.lap("resuming")
 
-    def open_metrics(self, total_steps: int, startup: Startup) -> Metrics:
-        """Logs and manifest of this start; the other ranks only count."""
-        if not self.ranks.main:
-            return Metrics(self.output, total_steps, enabled=False)
+    def _load_images(self, opened: ExitStack) -> None:
         cfg, ranks = self.cfg, self.ranks
-        run, note = manifest.record(self.output, cfg, self.split, ranks.device, ranks.world_size, self.step)
-        if note:
-            self.say(note)
-        settings = cfg.model_dump(mode="json")
-        return Metrics(
-            self.output, total_steps, start_step=self.step, startup=startup,
-            boards=boards(cfg.SOLVER.LOGGERS, self.output, self.step, run, settings),
-            peak_images_per_s=images_per_s_at_peak(cfg, ranks.world_size),
+        self.loader = TrainLoader(
+            self.split, cfg.INPUT, cfg.DATALOADER, batch_size=cfg.SOLVER.IMS_PER_BATCH, seed=cfg.SOLVER.SEED,
+            rank=ranks.rank, world_size=ranks.world_size, device=ranks.device, bad_images=self.bad_images,
         )  # fmt: skip
+        opened.callback(self.loader.close)
+        self._say(self.loader.note)
+        self.startup.lap("images")
 
-    def finish_epoch(self) -> Evaluation | None:
+    def _open_logs(self, opened: ExitStack) -> None:
+        """Open metrics, profiler and manifest of this start; the other ranks only count."""
+        cfg, ranks = self.cfg, self.ranks
+        total_steps = self.loader.steps(1) * cfg.SOLVER.MAX_EPOCHS  # about: epochs differ by a few steps
+        if ranks.main:
+            run, note = manifest.record(self.output, cfg, self.split, ranks.device, ranks.world_size, self.step)
+            if note:
+                self._say(note)
+            settings = cfg.model_dump(mode="json")
+            self.metrics = Metrics(
+                self.output, total_steps, start_step=self.step, evaluate_again=self.evaluation_due,
+                loggers=logger_factories(cfg.SOLVER.LOGGERS, self.output, self.step, run, settings),
+                peak_images_per_s=images_per_s_at_peak(cfg, ranks.world_size), startup=self.startup,
+            )  # fmt: skip
+        else:
+            self.metrics = Metrics(self.output, total_steps, enabled=False)
+        opened.callback(self.metrics.close)
+        self.profiler = Profiler(self.output, cfg.SOLVER.PROFILE, self.metrics)
+        opened.callback(lambda: self.profiler.close(self.step))
+        self.memory_before = memory.held()
+        self.startup.lap("logs")
+
+    def _train_epoch(self) -> None:
         solver = self.cfg.SOLVER
-        evaluation_is_due = self.epoch % solver.EVAL_PERIOD == 0 or self.epoch == solver.MAX_EPOCHS
-        save_is_due = evaluation_is_due or self.epoch % solver.CHECKPOINT_PERIOD == 0 or self.much_is_unsaved()
+        self.model.train()
+        self.optimizer.set_epoch(self.epoch)
+        try:
+            for batch in self.metrics.timed(self.loader.batches(self.epoch, self.step_in_epoch)):
+                self.train_step(batch, self.step, self.stop.flag if self.stop else 0)
+                self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
+                self.metrics.progress(self.step, solver.IMS_PER_BATCH)
+                self.profiler.step(self.step)
+                log_is_due = self.step % solver.LOG_PERIOD == 0
+                is_last = self.step_in_epoch == self.loader.steps(self.epoch)
+                if log_is_due or is_last or self.step % READ_STEPS[self.ranks.device.type] == 0:
+                    report = self.train_step.read()  # besides the log, the only host sync
+                    if what := not_finite(report, self.train_step.heads):
+                        self._refuse(what, report.bad_step)
+                    if self.store is not None and self.store.is_written():
+                        self._finish_writing()
+                    if log_is_due:
+                        self._log(report)
+                    if report.stop_wanted:
+                        self._leave()
+        except (MemoryError, RuntimeError) as error:
+            memory.explain(error, "training", self.cfg, self.memory_before, self.metrics.steps)
+            raise
+
+    def _finish_epoch(self) -> None:
+        solver = self.cfg.SOLVER
+        self.evaluation_due = self.epoch % solver.EVAL_PERIOD == 0 or self.epoch == solver.MAX_EPOCHS
+        save_is_due = self.evaluation_due or self.epoch % solver.CHECKPOINT_PERIOD == 0 or self._much_is_unsaved()
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         with self.metrics.paused():
             if save_is_due:  # before the evaluation, which may fail
-                self.save(last=self.epoch > solver.MAX_EPOCHS)
-            return self.evaluate() if evaluation_is_due else None
+                self._save()
+            if self.evaluation_due:
+                self._evaluate()
 
-    def train_epoch(self) -> None:
-        self.model.train()
-        self.optimizer.set_epoch(self.epoch)
-        batches = self.loader.batches(self.epoch, self.step_in_epoch)
-        for batch in self.metrics.watch(batches):
-            self.train_step(batch, self.step, self.stop.flag)
-            self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
-            self.metrics.progress(self.step, self.cfg.SOLVER.IMS_PER_BATCH)
-            self.trace.step(self.step)
-            last = self.step_in_epoch == self.loader.steps(self.epoch)
-            log_is_due = self.step % self.cfg.SOLVER.LOG_PERIOD == 0
-            stop = (last or log_is_due or self.step % WATCH_STEPS[self.ranks.device.type] == 0) and self.watch()
-            if log_is_due:
-                self.log()
-            if stop:
-                self.leave()
-
-    def watch(self) -> bool:
-        """Look at what the device found: beside the log the one wait for it. True if any rank was asked to stop."""
-        *sums, wants_stop = self.train_step.sums.tolist()
-        names = [f"{kind} loss of head {head}" for kind in ("identity", "triplet") for head in self.train_step.heads]
-        bad = [name for name, value in zip(names, sums) if not math.isfinite(value)]
-        if bad:
-            self.report_non_finite(f"{', '.join(bad)} is not finite")
-        if self.optimizer.skipped.item() >= SKIPPED_STEPS:
-            self.report_non_finite(f"the fp16 gradient overflowed {SKIPPED_STEPS} times in a row")
-        return wants_stop > 0
-
-    def leave(self) -> None:
-        """Every rank saves this very step and ends as its signal asks."""
-        with self.metrics.paused():
-            self.save(last=True)
-        parallel.finish()
-        raise SystemExit(128 + (self.stop.flag or signal.SIGTERM))
-
-    def report_non_finite(self, what: str) -> None:
-        """Every rank comes here in the same step, before anything was updated or saved."""
-        first, bad = self.step - self.step_in_epoch, int(self.train_step.bad_step)  # first of this epoch
-        step, size = (bad if bad >= 0 else self.step - 1) - first, self.cfg.SOLVER.IMS_PER_BATCH
-        path = self.output / "non_finite.json"
-        if self.ranks.main:
-            batch = self.loader.plan(self.epoch).image[step * size : (step + 1) * size]
-            images = [self.split.train[i].path for i in batch]
-            write_json(path, {"what": what, "epoch": self.epoch, "step": step, "images": images})
-        raise NonFiniteError(
-            f"epoch {self.epoch}, step {step}: {what}; no weight was changed by it. Its images are named in {path}; "
-            "try a lower SOLVER.BASE_LR or SOLVER.PRECISION fp32"
-        )
-
-    def log(self) -> None:
-        count = len(self.train_step.heads)
-        mean = self.train_step.sums / self.train_step.summed
-        losses = {"loss": mean[: 2 * count].sum(), "identity": mean[:count], "triplet": mean[count : 2 * count]}
+    def _log(self, report: StepReport) -> None:
+        losses = {"loss": report.loss, "identity": report.identity, "triplet": report.triplet}
         update = {"gradient_norm": self.optimizer.take_gradient_norm(), "learning_rate": self.optimizer.rate}
-        self.metrics.log(self.step, epoch=self.epoch, **losses, accuracy=mean[-2], **update)
+        self.metrics.log(self.step, epoch=self.epoch, **losses, accuracy=report.accuracy, **update)
         self.train_step.clear()
 
-    def evaluate(self) -> Evaluation:
-        """Evaluate the weights just saved; the best checkpoint is kept whatever comes."""
+    def _refuse(self, what: str, bad_step: int) -> None:
+        """End the training; every rank comes here in the same step, before anything was updated or saved."""
+        step = (bad_step if bad_step >= 0 else self.step - 1) - (self.step - self.step_in_epoch)  # in this epoch
+        size = self.cfg.SOLVER.IMS_PER_BATCH
+        batch = self.loader.plan(self.epoch).image[step * size : (step + 1) * size]
+        images = [self.split.train[i].path for i in batch]
+        refuse(what, self.epoch, step, images, self.output / "non_finite.json", write=self.ranks.main)
+
+    def _leave(self) -> None:
+        """Save this very step and end as the signal asks; every rank comes here in the same step."""
+        with self.metrics.paused():
+            if not self._is_saved():
+                self._save()
+            self._finish_writing(last=True)
+        parallel.finish()
+        raise SystemExit(128 + ((self.stop and self.stop.flag) or signal.SIGTERM))
+
+    def _evaluate(self) -> None:
+        """Evaluate the weights being saved; the best checkpoint is kept whatever comes."""
         parallel.equalise_statistics(self.model)
-        average = self.train_step.average
-        with average.shown() if average else nullcontext():
-            result = evaluate(self.model, self.split, self.test_images, self.split.cameras, self.cfg, self.ranks)
+        ema = self.train_step.ema
+        with memory.explained("evaluation", self.cfg), ema.applied() if ema else nullcontext():
+            ranking = evaluate(
+                self.model, self.split, self.test_images, self.split.cameras, self.cfg, self.ranks,
+                before_batch=self._leave_if_asked,
+            ).ranking  # fmt: skip
         parallel.reshard(self.model)
-        self.metrics.event(f"epoch {self.epoch - 1}: {result.ranking.summary()}")
-        if self.ranks.main:
-            folder, score = self.output / "checkpoints", result.ranking.mAP
-            best = checkpoint.best(folder)
-            if not self.failed_saves and (best is None or score > best.score):
-                checkpoint.mark_best(folder, self.step, score)
-        return result
+        epoch, score = self.epoch - 1, ranking.mAP
+        self.metrics.event(f"epoch {epoch}: {ranking.summary()}")
+        ranks = {f"rank{k}": ranking.cmc[k - 1].item() for k in LOGGED_RANKS}
+        self.metrics.log_evaluation(self.step, epoch, {"mAP": score, **ranks, "mINP": ranking.mINP})
+        self._finish_writing(last=self._is_finished)
+        if self.store is not None:
+            self.store.evaluated(self.step, score)
+        self.evaluation_due = False
+
+    def _leave_if_asked(self) -> None:
+        """End an evaluation if any rank was asked to stop; it is made when the run goes on."""
+        if self._any_rank(bool(self.stop and self.stop.flag)):
+            self._leave()
 
     @cached_property
     def test_images(self) -> TestLoader:
-        """Query and gallery, resident from the first evaluation on: training has taken its memory by then."""
+        """Query and gallery, cached at the first evaluation, when training memory is already allocated."""
         records = (*self.split.query, *self.split.gallery)
         images = images_of(records, self.cfg, self.ranks, root=self.split.root, fill=True)
-        self.say(images.note)
+        self._say(images.note)
         return images
 
-    def much_is_unsaved(self) -> bool:
+    def _much_is_unsaved(self) -> bool:
         """Whether rank 0's clock says so; all ranks save together."""
-        late = time.monotonic() - self.last_save > SAVE_SECONDS
-        return bool(parallel.all_reduce_max(torch.tensor(float(late and self.ranks.main), device=self.ranks.device)))
+        return self._any_rank(self.ranks.main and time.monotonic() - self.last_save > SAVE_SECONDS)
 
-    def save(self, *, last: bool) -> None:
-        """Write a checkpoint of this very step; all ranks take part, rank 0 writes. After the last one the run ends."""
-        parallel.equalise_statistics(self.model)
-        shards = self.optimizer.parameters
-        tensors = {
-            "model": {name: parallel.full_tensor(t) for name, t in self.model.state_dict().items()},
-            "optimizer": {entry: parallel.full_tensor(t, like=shards.get(entry.rsplit("/", 1)[0]))
-                          for entry, t in self.optimizer.state().items()},
-        }  # fmt: skip
-        if self.center_loss is not None:
-            tensors["centers"] = {"centers": self.center_loss.centers.detach().cpu()}
-        if self.train_step.average is not None:
-            tensors["average"] = self.train_step.average.state()
+    def _is_saved(self) -> bool:
+        """Whether the checkpoint of this very step is whole; all ranks get the same answer."""
+        self._finish_writing()
+        return not self._any_rank(self.store is not None and self.store.saved_step != self.step)
+
+    def _any_rank(self, condition: bool) -> bool:
+        return bool(parallel.all_reduce_max(torch.tensor(float(condition))))
+
+    def _save(self) -> None:
+        """Capture the state of this very step, on all ranks; rank 0 writes it while training goes on."""
+        self._finish_writing()
+        tensors = self.capture()
         self.last_save = time.monotonic()
-        if self.ranks.main:
-            self.write(tensors, last)
-        torch.distributed.barrier()
+        if self.store is not None:
+            state = {
+                "epoch": self.epoch, "step_in_epoch": self.step_in_epoch, "evaluation_due": self.evaluation_due,
+                "classes": self.split.num_persons, "cameras": self.split.cameras,
+                "config": self.cfg.model_dump(mode="json"),
+            }  # fmt: skip
+            self.store.save(self.step, tensors, state)
 
-    def write(self, tensors: dict[str, dict[str, Tensor]], last: bool) -> None:
-        folder = self.output / "checkpoints"
-        state = {
-            "epoch": self.epoch, "step_in_epoch": self.step_in_epoch,
-            "classes": self.split.num_persons, "cameras": self.split.cameras,
-            "config": self.cfg.model_dump(mode="json"),
-        }  # fmt: skip
-        try:
-            path = checkpoint.save(folder, self.step, tensors, state)
-            checkpoint.purge(folder)
-            self.failed_saves = 0
-            self.metrics.event(f"step {self.step}: saved {path}")
-        except StorageError as error:
-            self.failed_saves += 1
-            if last or self.failed_saves >= FAILED_SAVES or not checkpoint.checkpoints(folder):
-                raise
-            log.warning("%s; training goes on from memory", error)
+    def _finish_writing(self, *, last: bool = False) -> None:
+        """Wait for the checkpoint being written, if there is one; StorageError if the `last` one is lost."""
+        path = self.store.wait(last=last) if self.store is not None else None
+        if path is not None:
+            peers.goes_on_from(step_of(path))
+            self.metrics.event(f"step {step_of(path)}: saved {path}")
 
-    def resume(self) -> None:
-        """Go on from the newest whole checkpoint in the output folder, exactly where it was written."""
-        folder = self.output / "checkpoints"
-        if self.ranks.main:
-            checkpoint.clean(folder)
-            checkpoint.best(folder)  # a damaged mark is told now, and not by the first save
-        path = checkpoint.latest(folder)
-        if path is None:
-            return
-        tensors, state = checkpoint.load(path)
-        checkpoint.compare("the configuration", what_decides(self.cfg), what_decides(config_of(state, path)))
-        load_model(self.model, tensors["model"])
-        shards = self.optimizer.parameters
-        self.optimizer.load({entry: parallel.shard_like(t, shards.get(entry.rsplit("/", 1)[0], t))
-                             for entry, t in tensors["optimizer"].items()})  # fmt: skip
-        if self.center_loss is not None:
-            self.center_loss.load_state_dict(tensors["centers"])
-        if self.train_step.average is not None:
-            self.train_step.average.load(tensors["average"])
-        self.epoch, self.step_in_epoch, self.step = state["epoch"], state["step_in_epoch"], state["step"]
-        self.say(f"resumed from {path}: epoch {self.epoch}, step {self.step_in_epoch}")
-
-    def say(self, text: str) -> None:
+    def _say(self, text: str) -> None:
         if self.ranks.main:
             print(text, flush=True)
-
-
-def what_decides(cfg: Config) -> dict[str, Any]:
-    """The keys that a resumed run must share with the one it continues, because the weights depend on them."""
-    free = {
-        "MODEL": {"DEVICE", "PRETRAIN_PATH", "PRETRAIN_PATH_R", "PRETRAIN_PATH_T"},
-        "INPUT": {"SIZE_TEST"},
-        "DATASETS": {"ROOT_DIR", "ON_BAD"},
-        "DATALOADER": {"NUM_WORKERS", "CACHE"},
-        "SOLVER": {"CHECKPOINT_PERIOD", "EVAL_PERIOD", "LOG_PERIOD", "LOGGERS", "PROFILE"},
-        "PARALLEL": {"CHECKPOINT", "COMPILE", "GRAPH", "SHARD"},
-    }
-    values = cfg.model_dump(mode="json")
-    return {f"{section}.{key}": value for section in free for key, value in values[section].items()
-            if key not in free[section]}  # fmt: skip

@@ -1,7 +1,7 @@
 """The backbones of the two branches."""
 
+from fusionreid.errors import ReIDError
 
-class BackboneError(ValueError):
+
+class BackboneError(ReIDError, ValueError):
     """The configuration names a backbone that does not exist or does not fit."""
-
-    exit_code = 2

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class InstanceBatchNorm(nn.Module):
-    """The first half of the channels is normalised per image, the other over the batch; entries as IBN-Net has them."""
+    """Normalisation of half the channels per image, of the others over the batch; entries are named as in IBN-Net."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -29,6 +29,7 @@ class InstanceBatchNorm(nn.Module):
         self.BN = nn.BatchNorm2d(channels - channels // 2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise a map (B, C, h, w)."""
         instance, batch = x.split((self.IN.num_features, self.BN.num_features), 1)
         return torch.cat((self.IN(instance), self.BN(batch)), 1)
 
@@ -51,7 +52,7 @@ class ResNet(TimmResNet):
         self.width: int = self.num_features
 
     def reset_parameters(self) -> None:
-        """He's start; the published code leaves torch's, and loads weights over it."""
+        """Start as He et al. do; the published code leaves torch's start, and loads weights over it."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -88,12 +89,13 @@ class TimmCNN(nn.Module):
                 log.warning("%s: the stride of its last stage cannot be removed, LAST_STRIDE 1 has no effect", name)
 
     def reset_parameters(self) -> None:
-        """timm's own start, whatever device the weights are on."""
+        """Start as timm does, whatever device the weights are on."""
         with torch.device("cpu"):
             fresh = _create(self.name)
         self.body.load_state_dict(fresh.state_dict())
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return the map (B, C, h, w) of images (B, 3, H, W)."""
         return self.body.forward_features(images)
 
 
@@ -133,7 +135,7 @@ def _remove_last_stride(model: nn.Module) -> bool:
 
 
 def build_cnn(mode: int = 1, name: str = "", *, last_stride: int = 1) -> ResNet | TimmCNN:
-    """RES_MODE 1, 2, 3 are ResNet-50, 101, 152; a `name` is one of `IBN` or any timm CNN instead."""
+    """Build ResNet-50, 101 or 152 (RES_MODE 1, 2, 3), or by `name` one of `IBN` or any timm CNN."""
     if name in IBN:
         return ResNet(LAYERS[IBN[name]], last_stride, ibn=True)
     return TimmCNN(name, last_stride) if name else ResNet(LAYERS[mode], last_stride)

@@ -29,12 +29,13 @@ class TokenAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Attend among tokens (B, N, in_width); the result is (B, N, width)."""
         qkv = self.qkv(x).unflatten(-1, (3, 1, -1))  # (B, N, 3, 1, D)
         return qkv[:, :, 2, 0] + self.proj(dual_self_attention(qkv, scale=self.scale))
 
 
 class TokenTransformer(nn.Module):
-    """(B, N, in_width) -> (B, N, width)."""
+    """Transformer block whose attention narrows the tokens from `in_width` to `width`."""
 
     def __init__(self, in_width: int, width: int) -> None:
         super().__init__()
@@ -44,12 +45,13 @@ class TokenTransformer(nn.Module):
         self.mlp = Mlp(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Transform tokens (B, N, in_width) to (B, N, width)."""
         x = self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
 class TokensToToken(nn.Module):
-    """Images (B, 3, H, W) -> tokens (B, N, C) of a grid 16 times coarser: unfold, attend, fold, twice, then project."""
+    """Tokens of a grid 16 times coarser than the image: unfold, attend, fold, twice, then project."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -58,6 +60,7 @@ class TokensToToken(nn.Module):
         self.project = nn.Linear(TOKEN_WIDTH * 3 * 3, width)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Turn images (B, 3, H, W) into tokens (B, N, C)."""
         x, size = images, (images.shape[2], images.shape[3])
         for unfold, attention in zip(UNFOLDS, (self.attention1, self.attention2, self.project)):
             kernel, stride, padding = unfold
@@ -69,21 +72,21 @@ class TokensToToken(nn.Module):
 
 
 def unfolded(size: tuple[int, int], unfold: tuple[int, int, int]) -> tuple[int, int]:
-    """Height and width of the grid of windows."""
+    """Return height and width of the grid of windows."""
     kernel, stride, padding = unfold
     height, width = ((side + 2 * padding - kernel) // stride + 1 for side in size)
     return height, width
 
 
 def sinusoid(positions: int, width: int) -> Tensor:
-    """(1, positions, width): sines in the even columns, cosines in the odd, wavelengths 2 pi to 20000 pi."""
+    """Return a table (1, positions, width): sines in even columns, cosines in odd, wavelengths 2 pi to 20000 pi."""
     column = torch.arange(width, dtype=torch.float64)
     angle = torch.arange(positions, dtype=torch.float64)[:, None] / 10000 ** (2 * (column // 2) / width)
     return torch.where(column % 2 == 0, angle.sin(), angle.cos())[None]
 
 
 class T2TViT(ViT):
-    """The ViT with tokens from `TokensToToken` (here `patch_embed`) and fixed positions."""
+    """ViT with tokens from `TokensToToken` (here `patch_embed`) and fixed positions."""
 
     def __init__(
         self,
@@ -128,11 +131,12 @@ class T2TViT(ViT):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Start as the ViT does, and fill the position table."""
         super().reset_parameters()
         if not self.pos_embed.is_meta:
             self.pos_embed.copy_(sinusoid(self.pos_embed.shape[1], self.width))
 
 
 def build_t2t(name: str, *, image_size: tuple[int, int], **options: Any) -> T2TViT:
-    """`t2t_vit_t_14` or `t2t_vit_t_24`; their stride is fixed, `options` are those of `T2TViT`."""
+    """Build `t2t_vit_t_14` or `t2t_vit_t_24`; their stride is fixed, `options` are those of `T2TViT`."""
     return T2TViT(*SIZES[name], image_size=image_size, **options)

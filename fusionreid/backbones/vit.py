@@ -21,13 +21,12 @@ from fusionreid.drop_path import take_over
 
 
 class ViT(nn.Module):
-    """Images (B, 3, H, W) and cameras (B,) -> tokens (B, 1 + N, C) after the last norm, class token first.
+    """ViT with camera embedding; its tokens come after the last norm, class token first.
 
-    SIE adds `sie_weight * sie_embed[camera * num_views + view]` to every token; camera -1 is an unknown camera and gets
-    the mean row. With a single row there is nothing to tell apart, hence no table. `registers` tokens follow the class
-    token inside and are left out of the result. The position table begins with rows for `positioned_prefix`
-    of these tokens; None means no table. With `rope`, timm's rotary embedding of the grid, the blocks turn queries and
-    keys.
+    SIE adds `sie_weight * sie_embed[camera]` to every token; camera -1 is an unknown camera and gets the mean row. With
+    a single row there is nothing to tell apart, hence no table. `registers` tokens follow the class token inside and
+    are left out of the result. The position table begins with rows for `positioned_prefix` of these tokens; None: there
+    is no table. With `rope`, timm's rotary embedding of the grid, the blocks turn queries and keys.
     """
 
     def __init__(
@@ -40,7 +39,6 @@ class ViT(nn.Module):
         image_size: tuple[int, int],
         grid: tuple[int, int],
         num_cameras: int = 0,
-        num_views: int = 0,
         sie_weight: float = 3.0,
         dropout: float = 0.0,
         registers: int = 0,
@@ -50,15 +48,14 @@ class ViT(nn.Module):
     ) -> None:
         super().__init__()
         self.width, self.image_size, self.grid = width, tuple(image_size), grid
-        self.num_cameras, self.num_views, self.sie_weight = num_cameras, num_views, sie_weight
+        self.num_cameras, self.sie_weight = num_cameras, sie_weight
         self.num_prefix, self.positioned_prefix = 1 + registers, positioned_prefix or 0
         self.patch_embed = patch_embed
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.reg_token = nn.Parameter(torch.empty(1, registers, width)) if registers else None
         places = None if positioned_prefix is None else positioned_prefix + grid[0] * grid[1]
         self.register_parameter("pos_embed", places and nn.Parameter(torch.empty(1, places, width)))
-        rows = max(num_cameras, 1) * max(num_views, 1)
-        self.sie_embed = nn.Parameter(torch.empty(rows, 1, width)) if rows > 1 else None
+        self.sie_embed = nn.Parameter(torch.empty(num_cameras, 1, width)) if num_cameras > 1 else None
         self.drop = nn.Dropout(dropout)
         self.norm_pre = norm_pre or nn.Identity()
         self.rope = rope
@@ -68,7 +65,7 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The published start of every weight of the backbone; the bias of a convolution is 0, as CLIP has none."""
+        """Start every weight of the backbone as published; the bias of a convolution is 0, as CLIP has none."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -86,7 +83,8 @@ class ViT(nn.Module):
             if table is not None:
                 nn.init.trunc_normal_(table, std=0.02)
 
-    def forward(self, images: Tensor, cameras: Tensor | None = None, views: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, cameras: Tensor | None = None) -> Tensor:
+        """Return tokens (B, 1 + N, C) of images (B, 3, H, W); cameras (B,) where there is an embedding of them."""
         if images.shape[2:] != self.image_size:
             raise ValueError(f"ViT: built for images of {self.image_size}, got {tuple(images.shape[2:])}")
         prefix = self.cls_token if self.reg_token is None else torch.cat((self.cls_token, self.reg_token), 1)
@@ -95,7 +93,7 @@ class ViT(nn.Module):
             bare = self.num_prefix - self.positioned_prefix  # leading tokens that have no position
             x = x + (nn.functional.pad(self.pos_embed, (0, 0, bare, 0)) if bare else self.pos_embed)
         if self.sie_embed is not None:
-            x = x + self.sie_weight * self.side_information(cameras, views)
+            x = x + self.sie_weight * self.side_information(cameras)
         x = self.norm_pre(self.drop(x))
         rope = {} if self.rope is None else {"rope": self.rope.get_embed()}
         for block in self.blocks:
@@ -103,25 +101,21 @@ class ViT(nn.Module):
         x = self.norm(x)
         return x if self.num_prefix == 1 else torch.cat((x[:, :1], x[:, self.num_prefix :]), 1)
 
-    def side_information(self, cameras: Tensor | None, views: Tensor | None) -> Tensor:
-        """The embedding (B, 1, C) of each image's camera and view."""
+    def side_information(self, cameras: Tensor | None) -> Tensor:
+        """Look up the embedding (B, 1, C) of each image's camera."""
         assert self.sie_embed is not None
-        given = [ids for ids, count in ((cameras, self.num_cameras), (views, self.num_views)) if count > 1]
-        rows = None
-        for ids in given:
-            if ids is None:
-                raise ValueError(
-                    f"ViT: has an embedding of {self.num_cameras} cameras and {self.num_views} views and needs the "
-                    "ids (B,) of each; an unknown camera is -1"
-                )
-            rows = ids if rows is None else (rows * self.num_views + ids).clamp(min=-1)
-        return torch.cat((self.sie_embed, self.sie_embed.mean(0, keepdim=True)))[rows]
+        if cameras is None:
+            raise ValueError(
+                f"ViT: has an embedding of {self.num_cameras} cameras and needs the ids (B,); an unknown camera is -1"
+            )
+        return torch.cat((self.sie_embed, self.sie_embed.mean(0, keepdim=True)))[cameras]
 
 
 class TimmAttention(SelfAttention):
     """Our attention in a timm block, which may hand over a mask; here there is none."""
 
     def forward(self, x: Tensor, *unused: None, **unused_by_name: object) -> Tensor:
+        """Attend among the tokens (B, N, C) of each image."""
         return super().forward(x)
 
 
@@ -134,9 +128,9 @@ def from_timm(
     dropout: float = 0.0,
     **sie: Any,
 ) -> ViT:
-    """The ViT made of a timm model's parts, its patches now `stride` apart. `scale` is that of the attention.
+    """Build a ViT of a timm model's parts, its patches now `stride` apart. `scale` is that of the attention.
 
-    `sie` holds `num_cameras`, `num_views` and `sie_weight`.
+    `sie` holds `num_cameras` and `sie_weight`.
     """
     if type(source) not in (VisionTransformer, Eva) or type(source.patch_embed) is not PatchEmbed:
         raise BackboneError(
@@ -208,7 +202,7 @@ def build_vit(
     attention_dropout: float = 0.0,
     **sie: Any,
 ) -> ViT:
-    """A published TRANSFORMER_TYPE, any timm VisionTransformer, or an Eva such as the ViTs of DINOv3.
+    """Build a published TRANSFORMER_TYPE, any timm VisionTransformer, or an Eva such as the ViTs of DINOv3.
 
     Only the published `vit_small_patch16_224` is not timm's model of that name (that is `deit_small_patch16_224`): it
     is 768 wide, has 8 layers of 8 heads and scales its attention by 768^-0.5.

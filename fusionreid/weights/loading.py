@@ -15,6 +15,7 @@ from fusionreid.backbones.t2t import T2TViT
 from fusionreid.backbones.vit import ViT
 from fusionreid.config import ModelConfig
 from fusionreid.model import FusionReID, build_transformer
+from fusionreid.weights.checkpoint_files import verify
 from fusionreid.weights.formats import Layout, best_prefix, fit_positions, read_state, renamed
 from fusionreid.weights.pretrained import CHECKPOINT_FILES, WeightsError, check_weights
 
@@ -98,7 +99,7 @@ def published_names(model: FusionReID) -> dict[str, str]:
 
 
 def load_published(model: FusionReID, state_dict: Mapping[str, Tensor]) -> LoadReport:
-    """Loads a state dict with the published entry names, strictly but for the layers that nothing computes with.
+    """Load a state dict with the published entry names, strictly but for the layers that nothing computes with.
 
     Raises `WeightsError` with a table of the differences.
     """
@@ -110,6 +111,7 @@ def load_published(model: FusionReID, state_dict: Mapping[str, Tensor]) -> LoadR
     their_shapes = {name: tuple(value.shape) for name, value in theirs.items() if name not in unused}
     if shapes != their_shapes:
         raise WeightsError(_differences(shapes, their_shapes))
+    _require_floats({name: theirs[names[name]] for name in ours}, ours, "published checkpoint")
     model.load_state_dict({name: theirs[names[name]] for name in ours})
     return LoadReport("published checkpoint", list(ours), [], [], unused, [])
 
@@ -132,7 +134,7 @@ def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
 
 
 def _share(names: Mapping[str, Any]) -> str | None:
-    """The sharing pattern that published names betray."""
+    """Return the sharing pattern that published names tell."""
     units = {match[1] for match in (re.match(r"HTM\.blocks\.0\.(\w+)\.", name) for name in names) if match}
     if not units & {"SEU", "SEU1"} or not units & {"MFU", "MUF_RES"}:
         return None
@@ -140,7 +142,7 @@ def _share(names: Mapping[str, Any]) -> str | None:
 
 
 def load_pretrained(model: FusionReID, config: ModelConfig) -> list[LoadReport]:
-    """Starts the model as MODEL.PRETRAIN_CHOICE says.
+    """Start the model as MODEL.PRETRAIN_CHOICE says.
 
     imagenet: each branch from the file of PRETRAIN_PATH_R or _T; checkpoint: all of it from PRETRAIN_PATH.
     """
@@ -153,32 +155,38 @@ def load_pretrained(model: FusionReID, config: ModelConfig) -> list[LoadReport]:
 
 
 def load_imagenet(backbone: nn.Module, path: str | Path) -> LoadReport:
-    """Starts a backbone from a `.pth` or `.safetensors` file.
+    """Start a backbone from a `.pth` or `.safetensors` file.
 
-    It may be of timm, torchvision, IBN-Net, DeiT, T2T-ViT, DINO, CLIP or MoCo. Position tables are resized as
-    published. Raises `WeightsError` if the file fits less than half of the backbone.
+    It may be of timm, torchvision, IBN-Net, DeiT, T2T-ViT, DINO, CLIP (as released, or trained by CLIP-ReID) or MoCo.
+    Position tables are resized as published. Raises `WeightsError` if the file fits less than half of the backbone, or
+    lacks its first layer.
     """
     target = backbone.body if isinstance(backbone, TimmCNN) else backbone
     state = read_state(path)
     prefix = best_prefix(state, {renamed(name): value for name, value in target.state_dict().items()})
     names = {name: prefix + renamed(name) for name in target.state_dict()}
     theirs = {ours: state[name] for ours, name in names.items() if name in state}
+    _require_floats(theirs, target.state_dict(), str(path))
     resized = fit_positions(theirs, _layout(target)) if isinstance(target, ViT) else []
     return _load(target, theirs, resized, [name for name in state if name not in names.values()], str(path))
 
 
 def load_finetune(model: FusionReID, path: str | Path) -> LoadReport:
-    """Starts a model from a finished one: a checkpoint folder of ours, or a file of the published code.
+    """Start a model from a finished one: a checkpoint folder of ours, or a file of the published code.
 
     What has another shape is dropped, such as classifiers of other persons and the table of other cameras, but
-    positions are resized. The digests of a folder are not checked. Raises `WeightsError` if less than half fits.
+    positions are resized. Raises `WeightsError` if less than half fits or a branch lacks its first layer,
+    CheckpointError if a byte of a folder is not the one that was written.
     """
     path, names = Path(path), {name: name for name in model.state_dict()}
-    tensors, settings = (path / name for name in CHECKPOINT_FILES)
+    tensors, settings, _ = (path / name for name in CHECKPOINT_FILES)
     own = path.is_dir()
+    if own:
+        verify(path)
     state = {name.removeprefix("module."): value for name, value in read_state(tensors if own else path).items()}
     names = {ours: renamed(name) for ours, name in (names if own else published_names(model)).items()}
     theirs = {ours: state[name] for ours, name in names.items() if name in state}
+    _require_floats(theirs, model.state_dict(), str(path))
     resized = []
     if model.transformer is not None and "transformer.pos_embed" in theirs:
         layout = _saved_layout(settings) if own else None
@@ -187,7 +195,7 @@ def load_finetune(model: FusionReID, path: str | Path) -> LoadReport:
 
 
 def _saved_layout(path: Path) -> Layout:
-    """Of the position table of the model whose configuration a checkpoint's state.json holds."""
+    """Return the layout of the position table of the model whose configuration a checkpoint's state.json holds."""
     try:
         config = json.loads(path.read_bytes())["config"]
         section = ModelConfig.model_validate_json(json.dumps(config["MODEL"]))
@@ -200,6 +208,26 @@ def _saved_layout(path: Path) -> Layout:
     return _layout(saved)
 
 
+def _require_floats(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], source: str) -> None:
+    strange = [n for n, v in theirs.items() if ours[n].is_floating_point() and not v.is_floating_point()]
+    if strange:
+        raise WeightsError(
+            f"{source}: {len(strange)} entries hold {theirs[strange[0]].dtype} where the model has "
+            f"{ours[strange[0]].dtype}, the first is {strange[0]}; quantised weights must be saved as float again"
+        )
+
+
+def _first_layers(target: nn.Module) -> list[str]:
+    """Name the weights that see the pixels: of every branch, the first convolution or linear layer."""
+    branches = [("cnn.", target.cnn), ("transformer.", target.transformer)] if isinstance(target, FusionReID) else []
+    found = []
+    for prefix, branch in branches or [("", target)]:
+        layers = branch.named_modules() if branch is not None else ()
+        kinds = nn.Conv2d | nn.Linear
+        found += [f"{prefix}{name}.weight" for name, module in layers if isinstance(module, kinds)][:1]
+    return found
+
+
 def _layout(model: ViT) -> Layout:
     return model.positioned_prefix, model.grid
 
@@ -207,7 +235,7 @@ def _layout(model: ViT) -> Layout:
 def _load(
     target: nn.Module, theirs: Mapping[str, Tensor], resized: list[str], unused: list[str], source: str
 ) -> LoadReport:
-    """Loads what has the right shape; `theirs` goes by our names, `unused` are the file's other entries."""
+    """Load what has the right shape; `theirs` goes by our names, `unused` are the file's other entries."""
     ours = target.state_dict()
     fits = {name: value for name, value in theirs.items() if value.shape == ours[name].shape}
     essential = [name for name in ours if not name.endswith(("num_batches_tracked", "sie_embed"))]
@@ -216,6 +244,13 @@ def _load(
         raise WeightsError(
             f"{source}: fits {fitting} of {len(essential)} entries of the {type(target).__name__}, at least half must; "
             f"the file has {', '.join([*unused, *theirs][:3])}, ..., the model {', '.join(essential[:3])}, ..."
+        )
+    if lost := [name for name in _first_layers(target) if name not in fits]:
+        found = f"has the shape {tuple(theirs[lost[0]].shape)}" if lost[0] in theirs else "is not in the file"
+        raise WeightsError(
+            f"{source}: fits {fitting} of {len(essential)} entries of the {type(target).__name__}, but its first layer "
+            f"{lost[0]} {tuple(ours[lost[0]].shape)} {found}: all after it would work on noise; the file also has "
+            f"{', '.join(unused[:5]) or 'no other entries'}"
         )
     target.load_state_dict(fits, strict=False)
     return LoadReport(

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from fusionreid.config import ModelConfig
+from fusionreid.errors import ReIDError
+from fusionreid.weights.checkpoint_files import MANIFEST, STATE
 
-CHECKPOINT_FILES = ("model.safetensors", "state.json")
+CHECKPOINT_FILES = ("model.safetensors", STATE, MANIFEST)
 
 
-class WeightsError(ValueError):
+class WeightsError(ReIDError, ValueError):
     """A weight file is missing, unreadable, or does not fit the model."""
-
-    exit_code = 2
 
 
 def check_weights(config: ModelConfig) -> None:
@@ -23,7 +23,7 @@ def check_weights(config: ModelConfig) -> None:
             return
         raise WeightsError(
             f"MODEL.PRETRAIN_PATH: no such checkpoint: {config.PRETRAIN_PATH!r}\n"
-            f"Set it to a folder with {' and '.join(CHECKPOINT_FILES)}, such as OUTPUT_DIR/checkpoints/step-00001234, "
+            f"Set it to a folder with {', '.join(CHECKPOINT_FILES)}, such as OUTPUT_DIR/checkpoints/step-00001234, "
             "or to a .pth file of the published code, or start otherwise: MODEL.PRETRAIN_CHOICE imagenet or none"
         )
     branches = ((config.RES_USE, "R", config.PRETRAIN_PATH_R), (config.TRANS_USE, "T", config.PRETRAIN_PATH_T))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bench import timing
+from bench.peak_memory import peak_gib
 from bench.timing import Case, Settings, Work, WrongResultError, check, measure
 
 QUICK = Settings("quick", torch.device("cpu"))
@@ -127,4 +128,4 @@ def test_every_provider_is_called_equally_often_and_in_turn() -> None:
 
 def test_memory_beyond_the_inputs_is_seen_on_a_cpu_too() -> None:
     call = partial(torch.ones, 2**26)
-    assert timing._peak_gib(call, torch.device("cpu")) == pytest.approx(0.25, abs=0.02)
+    assert peak_gib(call, torch.device("cpu")) == pytest.approx(0.25, abs=0.02)

@@ -1,4 +1,4 @@
-"""Bad files before the first step: rows 13 and 28."""
+"""Bad image files before the first step: named, replaced, or refused."""
 
 import errno
 import fcntl
@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fusionreid.dataloading import DataError, Record, Split
-from fusionreid.dataloading.bad_images import FILE, BadImages, candidates
+from fusionreid.dataloading.bad_images import FILE, BadImages, replacement_candidates
 from tests.dataloading.test_records import JPEG, image_bytes
 
 
@@ -33,6 +34,10 @@ def split(tmp_path: Path) -> Split:
     return make_split(tmp_path)
 
 
+def images(split: Split) -> tuple[tuple[Record, ...], ...]:
+    return split.train, split.query, split.gallery
+
+
 def spoil(record: Record, data: bytes = JPEG[:-9]) -> str:
     Path(record.path).unlink()
     Path(record.path).write_bytes(data)
@@ -43,7 +48,7 @@ def listed(folder: Path) -> list[dict]:
     return json.loads((folder / "bad_images.json").read_text())
 
 
-def test_row_13_error_ends_the_run_with_the_list(split, tmp_path):
+def test_error_ends_the_run_with_the_list(split, tmp_path):
     paths = [spoil(record, b"") for record in (*split.train[:22], split.query[0])]
     with pytest.raises(DataError) as caught:
         BadImages("error", tmp_path / "out").check(split)
@@ -53,35 +58,42 @@ def test_row_13_error_ends_the_run_with_the_list(split, tmp_path):
     assert lines == [f"  {path}: empty file" for path in sorted(paths)[:20]]
     assert more == "  and 3 more"
     assert remedy == f"replace them or take them out; {tmp_path / 'out/bad_images.json'} names all"
-    assert listed(tmp_path / "out")[-1] == {"part": "query", "path": paths[-1], "reason": "empty file", "instead": None}
+    assert listed(tmp_path / "out")[-1] == {
+        "part": "query",
+        "path": paths[-1],
+        "reason": "empty file",
+        "replacement": None,
+    }
     assert len(listed(tmp_path / "out")) == 23
 
 
-def test_row_13_skip_lets_the_same_person_stand_in(split, tmp_path, caplog):
+def test_skip_replaces_a_bad_image_by_another_of_the_same_person(split, tmp_path, caplog):
     bad = BadImages("skip", tmp_path)
-    assert bad.check(split) is split
+    assert images(bad.check(split)) == images(split)
     assert not (tmp_path / "bad_images.json").exists()
     spoil(split.train[3])
     spoil(split.gallery[7])
     used = bad.check(split)
     assert used.train == (*split.train[:3], split.train[19], *split.train[4:])  # the next of person 3, camera 0
     assert (used.query, used.gallery) == (split.query, split.gallery[:7] + split.gallery[8:])
-    assert used.note == "bad image files passed over: 1 of train, 0 of query, 1 of gallery"
+    assert used.note == "bad image files left out: 1 of train, 0 of query, 1 of gallery"
     assert used.note in caplog.text
-    reasons = {(line["part"], line["instead"]) for line in listed(tmp_path)}
+    reasons = {(line["part"], line["replacement"]) for line in listed(tmp_path)}
     assert reasons == {("train", split.train[19].path), ("gallery", None)}
     assert used.labels == split.labels
     with pytest.raises(DataError, match=r"or set DATASETS.ON_BAD skip$"):
         BadImages("error").check(split)
     spoil(split.query[0])
-    with pytest.raises(DataError, match=r"^3 of 2,000(?s:.)*skip bears with one file in 1,000$"):
+    with pytest.raises(
+        DataError, match=r"^3 of 2,000(?s:.)*skip tolerates one file in 1,000, and one in any data set$"
+    ):
         bad.check(split)
 
 
 def test_evaluation_asks_for_query_and_gallery_only(split, tmp_path):
     spoil(split.train[3])
     strict, lenient = BadImages("error", tmp_path), BadImages("skip", tmp_path)
-    assert strict.check(split, ("query", "gallery")) is split
+    assert images(strict.check(split, ("query", "gallery"))) == images(split)
     path = spoil(split.query[7])
     with pytest.raises(DataError, match=f"^2 of 2,000(?s:.)*{path}: image file is truncated"):
         strict.check(split, ("query", "gallery"))
@@ -90,7 +102,7 @@ def test_evaluation_asks_for_query_and_gallery_only(split, tmp_path):
     assert [line["path"] for line in listed(tmp_path)] == [split.train[3].path, path]
     spoil(split.query[7], image_bytes())
     spoil(split.train[3], image_bytes())
-    assert strict.check(split) is split
+    assert images(strict.check(split)) == images(split)
     assert listed(tmp_path) == []
 
 
@@ -113,17 +125,22 @@ def test_images_of_no_data_set_are_all_looked_at_first(split, tmp_path, caplog):
 def test_a_person_without_another_image(split, tmp_path):
     alone = Record(spoil(Record(split.train[0].path, 99, 0)), 99, 0)
     lonely = Split("own", split.root, (alone, *split.train[1:]), split.query, split.gallery)
-    with pytest.raises(DataError, match=r"train_0.jpg: .*truncated.*no other image to stand in"):
+    with pytest.raises(DataError, match=r"train_0.jpg: .*truncated.*no other image to replace it"):
         BadImages("skip", tmp_path).check(lonely)
 
 
-def test_the_order_in_which_others_stand_in():
+def test_the_order_in_which_others_replace_an_image():
     records = [Record(str(i), *pair) for i, pair in enumerate([(1, 0), (1, 1), (2, 0), (1, 0), (1, 1), (1, 0)])]
-    assert candidates(records, 3) == [5, 0, 4, 1]
-    assert candidates([*records, records[3]], 3) == [5, 0, 4, 1]  # the same file once more is no other image
+    assert replacement_candidates(records, 3) == [5, 0, 4, 1]
+    assert replacement_candidates([*records, records[3]], 3) == [
+        5,
+        0,
+        4,
+        1,
+    ]  # the same file once more is no other image
 
 
-def test_oddities_are_told_once(split, tmp_path, caplog):
+def test_warnings_are_told_once(split, tmp_path, caplog):
     spoil(split.train[5], Path(split.query[9].path).read_bytes())
     spoil(split.gallery[5], image_bytes("WEBP", (1, 400)))
     spoil(split.query[1], Path(split.gallery[2].path).read_bytes())
@@ -138,7 +155,7 @@ def test_processes_that_name_files_at_once_lose_none(tmp_path):
     def name_ten(process: int) -> None:
         rule = BadImages("skip", tmp_path, total=100_000)
         for i in range(10):
-            rule.late(Record(f"/{process}_{i}.jpg", 1, 0), ValueError("x"), Record("/other.jpg", 1, 0))
+            rule.report_late(Record(f"/{process}_{i}.jpg", 1, 0), ValueError("x"), Record("/other.jpg", 1, 0))
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(name_ten, range(4)))
@@ -155,5 +172,42 @@ def test_a_file_is_named_where_only_what_is_open_for_writing_can_be_locked(tmp_p
 
     monkeypatch.setattr(fcntl, "flock", flock)
     rule = BadImages("skip", tmp_path, total=100_000)
-    rule.late(Record("/a.jpg", 1, 0), ValueError("x"), Record("/other.jpg", 1, 0))
+    rule.report_late(Record("/a.jpg", 1, 0), ValueError("x"), Record("/other.jpg", 1, 0))
     assert [line["path"] for line in listed(tmp_path)] == ["/a.jpg"]
+
+
+def test_one_bad_file_is_skipped_in_a_small_set_too(split, tmp_path):
+    small = Split("own", split.root, split.train[:16] * 2, split.query[:8], split.gallery[:8])
+    spoil(split.query[3])
+    used = BadImages("skip", tmp_path).check(small)
+    assert used.query == (*split.query[:3], *split.query[4:8])
+    assert used.left_out == {
+        "a bad image file: image file is truncated (147 bytes not processed)": (split.query[3].path,)
+    }
+    assert used.found == 32
+    spoil(split.query[4])
+    with pytest.raises(DataError, match="2 of 32 image files cannot be used"):
+        BadImages("skip", tmp_path).check(small)
+
+
+def test_the_same_bytes_twice_in_one_part_are_told(tmp_path):
+    paths = {name: tmp_path / f"{name}.png" for name in ("a", "b", "c", "d", "e")}
+    for number, path in enumerate(paths.values()):
+        path.write_bytes(image_bytes("PNG", (8 + number % 3, 16)))  # a = d, b = e
+    a, b, c, d, e = (Record(str(path), person, 0) for path, person in zip(paths.values(), (1, 2, 3, 1, 3), strict=True))
+    split = Split("own", str(tmp_path), (a, b, d, e), (c,), (c,), person_names={2: "bob", 3: "carl"})
+    warnings = BadImages(folder=tmp_path).check(split).warnings
+    assert f"1 images in train are given to two persons, byte for byte: {b.path} (bob) = {e.path} (carl)" in warnings[0]
+    assert warnings[1] == f"1 images in train are there more than once, byte for byte: {a.path} = {d.path}"
+
+
+def test_images_to_be_turned_are_told(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for name, options in {"a": {"exif": turned}, "b": {}, "c": {}}.items():
+        (tmp_path / f"{name}.jpg").write_bytes(image_bytes(size=(16, 32), **options))
+    one, *others = (Record(str(tmp_path / f"{name}.jpg"), 1, 0) for name in "abc")
+    warnings = (
+        BadImages(folder=tmp_path).check(Split("own", str(tmp_path), (one,), (others[0],), (others[1],))).warnings
+    )
+    assert f"1 images ask in their EXIF data to be turned, and are read as they are stored: {one.path}" in warnings[0]

@@ -1,5 +1,6 @@
-"""The file of decoded images: written once, found again, written anew when anything changed, and never half."""
+"""The file of decoded images: written once, found again, replaced when anything changed, and never half."""
 
+import fcntl
 import logging
 import os
 import shutil
@@ -13,11 +14,12 @@ import torch
 
 from fusionreid.dataloading import cache, read_split
 from fusionreid.dataloading.bad_images import BadImages
-from fusionreid.dataloading.cache import ResidentPixels, load_or_fill, place_for
+from fusionreid.dataloading.cache import CachedImages, load_or_fill, place_for
 from fusionreid.dataloading.config import DataloaderConfig, DatasetsConfig
 from fusionreid.dataloading.decode import decode_batch
 from fusionreid.dataloading.loader import Batch, TestLoader
 from fusionreid.dataloading.records import DataError
+from fusionreid.errors import StorageError
 from tests.dataloading.test_loader import INPUT, loader, make_split, same
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -45,9 +47,10 @@ class Fill:
         yield from zip(torch.arange(len(self.images)).split(3), self.images.split(3))
 
 
-def load(paths: list[str], fill, how: str = "torchvision bicubic") -> torch.Tensor:
+def load(paths: list[str], fill, how: str = "torchvision bicubic") -> torch.Tensor | None:
     folder = Path(paths[0]).parent
-    return load_or_fill(folder / "cache" / "train.safetensors", str(folder), paths, SIZE, how, fill)
+    mapped = load_or_fill(folder / "cache" / "train.safetensors", str(folder), paths, SIZE, how, fill)
+    return mapped and mapped.images
 
 
 def test_it_is_filled_once(files):
@@ -68,8 +71,16 @@ def test_it_moves_with_its_data_set(files):
     assert fill.calls == 0
 
 
-@pytest.mark.parametrize("change", ["size", "time", "order", "fewer", "decoder", "cut", "header"])
-def test_it_is_filled_anew_when_anything_changed(files, change):
+def flip(file: Path, position: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[position] ^= 4
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "change", ["size", "time", "order", "fewer", "decoder", "cut", "header", "pixel", "tail", "pipe"]
+)
+def test_it_is_filled_again_when_anything_changed(files, change):
     load(files, Fill())
     file = Path(files[0]).parent / "cache" / "train.safetensors"
     changes = {
@@ -79,6 +90,9 @@ def test_it_is_filled_anew_when_anything_changed(files, change):
         "fewer": files.pop,
         "decoder": lambda: None,
         "cut": lambda: os.truncate(file, file.stat().st_size - 1),
+        "pixel": lambda: flip(file, -SIZE[0] * SIZE[1] * 3 - 5),
+        "tail": lambda: flip(file, -1),
+        "pipe": lambda: (file.unlink(), os.mkfifo(file)),
         "header": lambda: file.write_bytes(bytes(100) + file.read_bytes()[100:]),
     }
     changes[change]()
@@ -109,12 +123,13 @@ def test_who_may_only_read_uses_what_others_have_filled(files):
 
 def test_two_that_do_not_see_each_others_lock_write_no_common_file(files, monkeypatch):
     """As where a file system locks on each host alone: one has its draft swept away, and none a wrong file."""
-    monkeypatch.setattr(cache.fcntl, "flock", lambda *_: None)
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     inner = Fill()
 
     def fill():
         yield [0, 1, 2], torch.zeros(3, *SIZE, 3, dtype=torch.uint8)
-        assert torch.equal(load(files, inner), inner.images)
+        with ThreadPoolExecutor(1) as other:  # as another process
+            assert torch.equal(other.submit(load, files, inner).result(), inner.images)
         yield [3, 4], torch.zeros(2, *SIZE, 3, dtype=torch.uint8)
 
     with pytest.raises(FileNotFoundError):
@@ -123,7 +138,7 @@ def test_two_that_do_not_see_each_others_lock_write_no_common_file(files, monkey
     assert sorted(os.listdir(Path(files[0]).parent / "cache")) == ["train.lock", "train.safetensors"]
 
 
-def test_what_stands_in_is_not_kept_for_the_file_itself(files):
+def test_a_replacement_is_not_kept_for_the_file_itself(files):
     def fill():
         yield [0, 1, 2], torch.zeros(3, *SIZE, 3, dtype=torch.uint8)
         yield [1, 4], torch.ones(2, *SIZE, 3, dtype=torch.uint8)
@@ -133,18 +148,50 @@ def test_what_stands_in_is_not_kept_for_the_file_itself(files):
     assert load([*files[:3], files[1], files[4]], None) is not None
 
 
-def test_batches_are_rows_of_what_stays():
-    images = torch.randint(256, (7, *SIZE, 3), dtype=torch.uint8)
-    batches = [np.array([6, 1, 1]), np.array([3, 1, 2]), np.array([5])]
-    for first in (0, 1):
-        share = images[first:]
-        pixels = ResidentPixels(share, "host", CPU, first)
-        for batch, (stay, rows) in zip(batches, pixels(batches), strict=True):
-            assert stay is share
-            assert torch.equal(stay[rows], images[batch])
-    pixels.close()
+def test_batches_are_rows_of_what_stays(files):
+    fill = Fill(5)
+    load(files, fill)
+    batches = [np.array([4, 1, 1]), np.array([3, 1, 2]), np.array([2])]
+    for share in (slice(None), slice(1, 5)):
+        source = CachedImages(mapped_images(files), share, "host", CPU)
+        for batch, (stay, rows) in zip(batches, source(batches), strict=True):
+            assert torch.equal(stay[rows], fill.images[batch])
+    source.close()
     with pytest.raises(RuntimeError, match="the loader is closed"):
-        next(pixels(batches))
+        next(source(batches))
+
+
+def mapped_images(files: list[str]) -> cache.MappedImages:
+    folder = Path(files[0]).parent
+    file = folder / "cache" / "train.safetensors"
+    mapped = load_or_fill(file, str(folder), files, SIZE, "torchvision bicubic", None)
+    assert mapped is not None
+    return mapped
+
+
+def test_a_file_that_is_cut_while_in_use_is_an_error_not_a_signal(files):
+    load(files, Fill())
+    source = CachedImages(mapped_images(files), slice(None), "host", CPU)
+    batches = source([np.array([0]), np.array([4])])
+    next(batches)
+    file = Path(files[0]).parent / "cache" / "train.safetensors"
+    os.truncate(file, 1000)
+    with pytest.raises(StorageError, match=f"{file}, the decoded images in use, has been cut short: delete it"):
+        next(batches)
+
+
+def test_damage_in_any_block_is_found_and_told(files, monkeypatch, caplog):
+    monkeypatch.setattr(cache, "BLOCK", 1000)
+    fill = Fill()
+    load(files, fill)
+    file = Path(files[0]).parent / "cache" / "train.safetensors"
+    for position in range(1, 5 * SIZE[0] * SIZE[1] * 3, 97):
+        flip(file, -position)
+        caplog.clear()
+        assert load(files, None) is None
+        assert f"{file} does not hold what was written" in caplog.text
+        flip(file, -position)
+    assert torch.equal(load(files, None), fill.images)
 
 
 def test_where_images_stay(monkeypatch):
@@ -160,7 +207,7 @@ def split(tmp_path_factory):
     return make_split(tmp_path_factory.mktemp("market"))
 
 
-def test_resident_images_are_the_files_and_need_no_decoder(split, monkeypatch):
+def test_cached_images_are_the_files_and_need_no_decoder(split, monkeypatch):
     plain = list(loader(split).batches(1))
     for world_size in (1, 2):
         for rank in range(world_size):
@@ -168,7 +215,7 @@ def test_resident_images_are_the_files_and_need_no_decoder(split, monkeypatch):
             assert same(list(loader(split, cache="host", rank=rank, world_size=world_size).batches(2)), one)
     monkeypatch.setattr("fusionreid.dataloading.decode_workers.decode_batch", None)
     train = loader(split, cache="auto", workers=2)
-    assert "30 train images of 32 x 16, 0 MB decoded: resident in host memory, from " in train.note
+    assert "30 train images of 32 x 16, 0 MB decoded: cached in host memory, from " in train.note
     next(train.batches(0))
     assert same(list(train.batches(1)), plain)
     train.close()
@@ -181,12 +228,12 @@ def test_no_room_on_the_disk(split, monkeypatch, caplog):
         loader(split, cache="host")
     with caplog.at_level(logging.WARNING):
         train = loader(split, cache="auto")
-    assert "decoded anew by torchvision each time" in train.note
-    assert "every image is decoded anew" in caplog.text
+    assert "decoded by torchvision at every use" in train.note
+    assert "every image is decoded at every use" in caplog.text
 
 
 def test_device_memory_needs_a_device(split):
-    assert "resident in host memory" in images_of(split, cache="device", fill=True).note
+    assert "cached in host memory" in images_of(split, cache="device", fill=True).note
     with pytest.raises(DataError, match=r"DATALOADER\.CACHE device needs a GPU; set host, or auto"):
         loader(split, cache="device")
 
@@ -209,7 +256,7 @@ def test_query_and_gallery_are_decoded_once(tmp_path, monkeypatch):
         return decode_batch(paths, *how)
 
     monkeypatch.setattr("fusionreid.dataloading.decode_workers.decode_batch", counting)
-    assert "decoded anew by torchvision" in images_of(split).note  # asked only to use a file, it writes none
+    assert "decoded by torchvision at every use" in images_of(split).note  # asked only to use a file, it writes none
     assert not files_of_test_images(split)
     assert not read
     test = images_of(split, fill=True)
@@ -218,19 +265,19 @@ def test_query_and_gallery_are_decoded_once(tmp_path, monkeypatch):
     assert same(list(test), plain)
     assert same(list(images_of(split)), plain)
     assert len(read) == 35
-    assert f"35 test images of 24 x 16, 0 MB decoded: resident in host memory, from {split.root}" in test.note
+    assert f"35 test images of 24 x 16, 0 MB decoded: cached in host memory, from {split.root}" in test.note
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_every_rank_has_its_share_of_the_resident_images(split, world_size):
+def test_every_rank_has_its_share_of_the_cached_images(split, world_size):
     def shares(cache: str) -> list[Batch]:
         return [list(images_of(split, cache, rank=rank, world_size=world_size, fill=True)) for rank in ranks]
 
     ranks = range(world_size)
-    resident, plain = shares("auto"), shares("none")
-    assert all(same(one, other) for one, other in zip(resident, plain, strict=True))
-    assert len({sum(len(batch.images) for batch in share) for share in resident}) == 1
-    indices = [i for share in resident for batch in share for i in batch.indices.tolist()]
+    cached, plain = shares("auto"), shares("none")
+    assert all(same(one, other) for one, other in zip(cached, plain, strict=True))
+    assert len({sum(len(batch.images) for batch in share) for share in cached}) == 1
+    indices = [i for share in cached for batch in share for i in batch.indices.tolist()]
     assert indices == [*range(35), *[34] * (len(indices) - 35)]
 
 
@@ -239,7 +286,7 @@ def test_an_evaluation_needs_no_room_on_the_disk(split, monkeypatch, caplog):
         file.unlink()
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     test = images_of(split, "host", fill=True)
-    assert "every image is decoded anew" in caplog.text
+    assert "every image is decoded at every use" in caplog.text
     assert len(list(test)) == 5
 
 
@@ -254,7 +301,7 @@ def test_lists_side_by_side_have_files_of_their_own(tmp_path):
     for split in splits:
         images_of(split, fill=True)
         loader(split, cache="host").close()
-    assert all("resident" in images_of(split).note for split in splits)
+    assert all("cached in" in images_of(split).note for split in splits)
     assert len(list(tmp_path.glob(".fusionreid-*.safetensors"))) == 4
 
 
@@ -266,7 +313,7 @@ def test_no_file_is_left_of_images_that_cannot_be_read(tmp_path):
     assert not files_of_test_images(split)
 
 
-def test_an_image_that_stood_in_is_decoded_itself_when_it_is_back(tmp_path, monkeypatch):
+def test_a_replaced_image_is_decoded_itself_when_it_is_back(tmp_path, monkeypatch):
     monkeypatch.setattr("fusionreid.dataloading.fallback_reader.time", SimpleNamespace(sleep=lambda _: None))
     split, bad = make_split(tmp_path), BadImages("skip", tmp_path, total=10_000)
     plain = list(loader(split).batches(1))

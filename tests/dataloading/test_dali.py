@@ -11,9 +11,10 @@ import torch
 
 pytest.importorskip("nvidia.dali", reason="DALI is an extra")
 
-from fusionreid.dataloading.dali import DaliPixels
+from fusionreid.dataloading.dali import DaliDecoder
 from fusionreid.dataloading.decode import BICUBIC, BILINEAR, decode_batch
 from fusionreid.dataloading.records import DataError
+from fusionreid.kernels import augment
 from tests import ROOT
 from tests.dataloading.test_decode import pillow, save, smooth
 from tests.dataloading.test_records import BAD, GOOD, image_bytes
@@ -22,11 +23,12 @@ CPU = torch.device("cpu")
 SHAPES = [(128, 64), (256, 128), (300, 90), (384, 160), (61, 200), (1000, 480), (1, 400), (900, 1)]
 
 
-def pixels_of(paths, size=(64, 32), resize=BICUBIC, batch_size=4) -> DaliPixels:
-    def otherwise(positions):
+def pixels_of(paths, size=(64, 32), resize=BICUBIC, batch_size=4, normalize=None) -> DaliDecoder:
+    def fallback(positions):
         return decode_batch([paths[i] for i in positions], size, resize)
 
-    return DaliPixels(paths, size, resize, batch_size=batch_size, num_threads=2, device=CPU, otherwise=otherwise)
+    settings = {"batch_size": batch_size, "num_threads": 2, "device": CPU, "normalize": normalize}
+    return DaliDecoder(paths, size, resize, fallback=fallback, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,26 @@ def test_batches_come_in_order_and_an_epoch_may_be_left(paths):
         left = pixels(batches[::-1])
         assert torch.equal(next(left)[0], alone[batches[-1]])
     assert list(pixels([])) == []
+
+
+def test_the_graph_flips_pads_crops_and_normalises_as_augment_does(paths, tmp_path):
+    """Also images that DALI hands back; black borders are black before they are normalised."""
+    files = [*paths, save(tmp_path / "other.png", image_bytes("PNG"))]
+    line = {"mean": (0.5, 0.4, 0.3), "std": (0.5, 0.25, 0.2)}
+    order = np.array([3, 10, 4, 1, 5, 9, 2, 6, 10, 0])
+    flip = np.array([True, False] * 5)
+    shift = np.array([[0, 0], [3, -5], [-4, 6], [2, 7], [-1, -9], [40, 3], [-40, -3], [9, 30], [1, 1], [63, 31]])
+    decoded = torch.cat([pixels.clone() for pixels, _ in pixels_of(files)(np.split(order, [4, 8]))])
+    zeros = torch.zeros(10, 4, dtype=torch.int64)
+    given = torch.from_numpy(flip), torch.from_numpy(shift), zeros, zeros[:, 0]
+    expected = augment(decoded, *given, seed=0, epoch=0, **line)
+    source = pixels_of(files, normalize=tuple(line.values()))
+    batches = list(zip(*(np.split(values, [4, 8]) for values in (order, flip, shift))))
+    for _ in range(2):
+        found = torch.cat([images.clone() for images in source.augmented(batches)])
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+        next(source.augmented(batches[::-1]))  # an epoch may be left
 
 
 @pytest.mark.parametrize("name", BAD)

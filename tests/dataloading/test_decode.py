@@ -1,6 +1,7 @@
 import io
 import os
 import resource
+import struct
 
 import numpy as np
 import pytest
@@ -143,3 +144,20 @@ def test_a_batch(tmp_path):
     for path, pixels in zip(paths, batch):
         assert torch.equal(pixels, decode(path, (32, 16), BICUBIC))
     assert decode_batch([], (32, 16), BICUBIC).shape == (0, 32, 16, 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"mode": "L"}])
+@pytest.mark.parametrize("sides", [(136, 64), (192, 64), (128, 72), (1000, 640)])
+def test_a_jpeg_whose_header_promises_more_than_there_is(tmp_path, options, sides):
+    data = image_bytes(**options)
+    place = data.index(b"\xff\xc2" if "progressive" in options else b"\xff\xc0") + 5
+    path = save(tmp_path / "lies.jpg", data[:place] + struct.pack(">HH", *sides) + data[place + 4 :])
+    with pytest.raises(DataError, match=rf"its header says {sides[1]} x {sides[0]} pixels, its data end before"):
+        decode(path, (32, 16), BICUBIC)
+
+
+def test_a_grey_image_is_no_lie(tmp_path):
+    for options in ({}, {"progressive": True}, {"subsampling": 0}):
+        file = io.BytesIO()
+        Image.new("RGB", (64, 128), (128, 128, 128)).save(file, "JPEG", **options)
+        assert (decode(save(tmp_path / "grey.jpg", file.getvalue()), (32, 16), BICUBIC) == 128).all()

@@ -1,4 +1,4 @@
-"""Decoding processes under signals, sudden death, and the end of their parent."""
+"""Decode workers under signals, sudden death, and the end of their parent."""
 
 import errno
 import os
@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusionreid.dataloading import Split
+from fusionreid.dataloading import Split, decode_workers
 from fusionreid.dataloading.decode import BICUBIC
-from fusionreid.dataloading.decode_workers import FilePixels
+from fusionreid.dataloading.decode_workers import DecodeWorkers
 from tests import ROOT
 from tests.dataloading.test_loader import loader, make_split, worker_pids
 
@@ -28,8 +28,8 @@ def test_workers_leave_signals_to_their_parent(split):
     batches = train.batches(0)
     next(batches), next(batches)  # one from each: both are up
     for pid in worker_pids(train):
-        os.kill(pid, signal.SIGTERM)
-        os.kill(pid, signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(pid, number)
     assert len(list(batches)) == train.steps(0) - 2
     assert len(list(train.batches(1))) == train.steps(1)
     train.close()
@@ -57,14 +57,14 @@ def test_a_full_disk_is_not_blamed_on_a_worker(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     (tmp_path / "bad.jpg").write_bytes(b"")
-    pixels = FilePixels([str(tmp_path / "bad.jpg")], (32, 16), BICUBIC, 0, otherwise=no_room)
+    pixels = DecodeWorkers([str(tmp_path / "bad.jpg")], (32, 16), BICUBIC, 0, fallback=no_room)
     with pytest.raises(OSError, match="No space left on device"):
         next(pixels([np.array([0])]))
 
 
 STARTING = """
 import signal, sys
-from dataloading import read_split
+from fusionreid.dataloading import read_split
 from fusionreid.dataloading.config import DatasetsConfig
 from tests.dataloading.test_loader import loader
 
@@ -96,7 +96,7 @@ def test_signals_do_not_reach_the_server_while_it_starts(split, tmp_path, number
 
 RUN = """
 import sys, time
-from dataloading import read_split
+from fusionreid.dataloading import read_split
 from fusionreid.dataloading.config import DatasetsConfig
 from tests.dataloading.test_loader import loader, worker_pids
 
@@ -128,3 +128,21 @@ def test_workers_end_with_their_parent_however_it_ends(split, tmp_path):
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_too_little_shared_memory_is_told_before_workers_start(tmp_path, monkeypatch):
+    """As in a container with Docker's 64 MB: a worker would die of SIGBUS, and the main process wait for it."""
+    monkeypatch.setattr(decode_workers, "SHARED", Path("/proc"))  # has no room at all
+    pixels = DecodeWorkers([str(tmp_path / "a.jpg")], (16, 16), BICUBIC, 2, fallback=lambda _: None)
+    with pytest.raises(decode_workers.NoRoomForBatchesError, match="or set DATALOADER") as no:
+        next(pixels([np.zeros(1, np.int64)]))
+    assert no.value.exit_code == 6
+    assert "2 decode workers need 0.00 GB" in str(no.value)
+    check = decode_workers.check_shared_memory
+    assert check(0, 2**40) == "decoding needs no shared memory"
+    monkeypatch.setattr(decode_workers, "SHARED", tmp_path)
+    free = decode_workers.shutil.disk_usage(tmp_path).free
+    assert "decode workers need" in check(4, free // 100)
+    assert check(10**6, free // 100, num_batches=2)  # never more than there are
+    with pytest.raises(decode_workers.NoRoomForBatchesError):
+        check(51, free // 100)

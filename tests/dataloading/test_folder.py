@@ -1,4 +1,4 @@
-"""Own data: a folder per person, and CSV files."""
+"""Own data in folders: who is a person, who a camera, and what is left out."""
 
 import os
 from pathlib import Path
@@ -9,6 +9,8 @@ from fusionreid.dataloading import DataError, read_split
 from fusionreid.dataloading.config import DatasetsConfig
 from fusionreid.dataloading.records import Split
 from tests import ROOT
+
+SUFFIXES = ("jpg", "JPEG", "jfif", "jpe", "png", "bmp", "gif", "tif", "webp", "ppm", "pgm", "pbm", "pnm")
 
 
 def make(root: Path, *files: str) -> Path:
@@ -53,11 +55,11 @@ def test_a_camera_spelt_out(tmp_path, name):
     assert [getattr(split, part)[0].camera for part in ("train", "query", "gallery")] == [0, 1, 0]
 
 
-def test_the_list_that_the_readme_makes(tmp_path, monkeypatch):
+def test_the_list_that_the_manual_makes(tmp_path, monkeypatch):
     make(tmp_path / "crops", *(f"{person}/{camera}_{i}.jpg" for person in ("anna", "Jörg, M", "p 3", "p4", "p5")
                                for camera in ("hall 2_b", "Tür") for i in range(3)), "p4/.DS_Store")  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own cameras")[1]
+    text = (ROOT / "docs/own-cameras.md").read_text(encoding="utf-8")
     exec(text.split("```python")[1].split("```")[0], {})
     split = read("csv", tmp_path / "crops.csv")
     assert [len(getattr(split, part)) for part in ("train", "query", "gallery")] == [18, 4, 8]
@@ -84,7 +86,10 @@ def test_without_cameras_nothing_is_left_out_of_the_gallery(tmp_path):
     ("files", "message"),
     [
         (("train/a/1.jpg", "gallery/a/1.jpg"), "no folder query in (?s:.)*expected:(?s:.)*found in .*gallery, train"),
-        (("train/a/1.jpg", "query/1.jpg", "gallery/a/1.jpg"), "no images in .*query"),
+        (
+            ("train/a/1.jpg", "query/1.jpg", "gallery/a/1.jpg"),
+            "no images in a person's folder in .*query(?s:.)*left out: 1: in no person's folder",
+        ),
         (
             ("train/a/c1.jpg", "query/a/1.jpg", "gallery/a/c1.jpg"),
             "1 of 3 images name no camera, the first is .*query/a/1",
@@ -96,43 +101,112 @@ def test_wrong_folders(tmp_path, files, message):
         read("folder", make(tmp_path, *files))
 
 
-def test_csv(tmp_path):
-    file = tmp_path / "my crops.csv"
-    rows = [
-        "path,person,camera,split",
-        "a.jpg,anna,door,train",
-        '"b, c.jpg", anna ,hall,query',
-        f"{tmp_path}/d.jpg,bob,door,gallery",
-    ]
-    file.write_bytes(("\ufeff" + "\r\n".join(rows) + "\r\n\r\n").encode())
-    split = read("csv", file)
-    assert [(r.path, r.person, r.camera) for r in (*split.train, *split.query, *split.gallery)] == [
-        (f"{tmp_path}/a.jpg", 1, 0),
-        (f"{tmp_path}/b, c.jpg", 1, 1),
-        (f"{tmp_path}/d.jpg", 2, 0),
-    ]
+def test_cameras_above_persons_are_told_apart_by_the_data(tmp_path):
+    for part, persons in {
+        "train": ("0001", "0002", "0003", "0004"),
+        "query": ("0005",),
+        "gallery": ("0005", "6"),
+    }.items():
+        make(
+            tmp_path / part, *(f"{camera}/{person}/x.jpg" for camera in ("hall", "door", "yard") for person in persons)
+        )
+    split = read("folder", tmp_path)
+    assert (split.num_persons, len(split.cameras)) == (4, 3)
+    assert sorted(split.camera_names.values()) == ["door", "hall", "yard"]
+    assert "cameras are above persons: folder level 1 is the camera, its names recur" in split.note
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "lacks path, person, camera, split"),
-        ("path,person,split\n", "lacks camera in its header"),
-        (
-            "path,person,camera,split\na.jpg,1,1,train\nb.jpg,1,1,test\n",
-            r":3 must have .* got 'b.jpg', '1', '1', 'test'",
-        ),
-        ("path,person,camera,split\na.jpg,1,,train\n", ":2 must have"),
-        ("path,person,camera,split\na.jpg,1\n", ":2 must have"),
-        ("path,person,camera,split\na.jpg,1,1,train\n", "no images for query"),
-    ],
-)
-def test_wrong_csv(tmp_path, text, message):
-    (tmp_path / "data.csv").write_text(text)
-    with pytest.raises(DataError, match=message):
-        read("csv", tmp_path / "data.csv")
+def test_words_for_cameras_tell_where_persons_recur(tmp_path):
+    for part in ("train", "query", "gallery"):
+        make(tmp_path / part, *(f"Cam {camera}/{person}/x.jpg" for camera in (1, 2) for person in ("a", "b", "c")))
+    split = read("folder", tmp_path)
+    assert (split.num_persons, len(split.cameras)) == (3, 2)
+    assert "named like cameras" in split.note
 
 
-def test_missing_csv(tmp_path):
-    with pytest.raises(DataError, match=r"csv: no file .*\nexpected:"):
-        read("csv", tmp_path)
+@pytest.mark.parametrize("order", ["person camera day", "camera person day", "day person camera", "person day camera"])
+def test_a_day_among_the_folders(tmp_path, order):
+    for part, persons in {"train": "abcd", "query": "e", "gallery": "ef"}.items():
+        for person in persons:
+            for camera in ("hall", "door", "yard"):
+                for day in ("2024-01-31", "2024-02-01"):
+                    names = {"person": person, "camera": camera, "day": day}
+                    make(tmp_path.joinpath(part, *(names[level] for level in order.split())), "x.jpg")
+    split = read("folder", tmp_path)
+    assert (split.num_persons, sorted(split.camera_names.values())) == (4, ["door", "hall", "yard"])
+    assert (split.found, split.used, split.left_out) == (42, 42, {})
+
+
+def test_without_evidence_persons_are_above_and_a_doubt_is_told(tmp_path):
+    for part in ("train", "query", "gallery"):
+        make(tmp_path / part, *(f"{one}/{two}/x.jpg" for one in "ab" for two in "uvwxyz"))
+    split = read("folder", tmp_path)
+    assert (split.num_persons, len(split.cameras)) == (2, 6)
+    assert "nothing tells whether persons are above cameras" in split.warnings[0]
+
+
+def test_links_to_folders_are_followed_and_end(tmp_path):
+    make(tmp_path / "store", *(f"{person}/c{camera}.jpg" for person in "abcd" for camera in (1, 2)))
+    make(tmp_path / "data", "train/e/c1.jpg", "query/b/c1.jpg", "gallery/b/c2.jpg")
+    for person in "ac":
+        (tmp_path / f"data/train/{person}").symlink_to(tmp_path / "store" / person)
+    (tmp_path / "data/gallery/d").symlink_to("../../store/d")
+    (tmp_path / "data/train/e/back").symlink_to("../..")
+    (tmp_path / "store/a/self").symlink_to(tmp_path / "store/a")
+    split = read("folder", tmp_path / "data")
+    assert [len(getattr(split, part)) for part in ("train", "query", "gallery")] == [5, 1, 3]
+    assert {reason: len(paths) for reason, paths in split.left_out.items()} == {"a link to a folder that leads back": 2}
+
+
+def test_every_image_is_used_or_named_with_the_reason(tmp_path, monkeypatch):
+    make(
+        tmp_path,
+        *(f"train/{person}/c{camera}.{suffix}" for person in ("1", "2") for camera, suffix in enumerate(SUFFIXES)),
+        *("query/3/c1.JPG", "gallery/3/c2.Jfif", "gallery/0000/c1.jpg", "gallery/-1/c1.jpg", "gallery/-1/c2.jpg"),
+        *("train/loose.jpg", "other/1/c1.jpg", "top.png", "train/1/c1.heic", "train/1/._c1.jpg", "train/1/.c1.jpg"),
+        *("__MACOSX/train/1/c1.jpg", "train/@eaDir/c1.jpg", "train/1/Thumbs.db", "train/1/notes.txt"),
+    )
+    (tmp_path / "train/1/c1.jpg_large").write_bytes(b"\xff\xd8\xff\xe0")
+    (tmp_path / "train/1/c9.jpg").symlink_to("nowhere")
+    make(tmp_path, "train/locked/c1.jpg")
+    scandir = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    split = read("folder", tmp_path)
+    counts = {reason: len(paths) for reason, paths in split.left_out.items()}
+    assert counts == {
+        "hidden, or a system's metadata": 4,
+        "not a regular file: a dangling link, a FIFO or a device": 1,
+        "a format that is not read (.heic): convert it to JPEG or PNG": 1,
+        "an image by its content, without the suffix of an image": 1,
+        "a folder that cannot be read: Permission denied": 1,
+        "outside the folders train, query, gallery": 2,
+        "in no person's folder": 1,
+        "junk: person -1": 2,
+    }
+    assert split.used == 2 * len(SUFFIXES) + 3
+    assert split.found == split.used + sum(counts.values())
+    assert split.verdict == "warning"
+    for reason, count in counts.items():
+        assert f"  {count}: {reason}, such as {tmp_path}" in split.describe()
+    assert {r.person for r in split.gallery} == {3, 0}  # 0000, whom nobody searches, is a distractor
+
+
+def test_what_surely_shows_nobody_raises_no_warning(tmp_path):
+    split = read("folder", make(tmp_path, "train/a/c1.jpg", "query/b/c1.jpg", "gallery/b/c2.jpg", "gallery/-1/c1.jpg",
+                                "gallery/b/._c2.jpg"))  # fmt: skip
+    assert (split.found, split.used, split.verdict) == (5, 3, "ok")
+
+
+def test_a_control_character_in_a_name_is_never_printed(tmp_path):
+    split = read("folder", make(tmp_path, "train/a/c1.jpg", "query/b/c1.jpg", "gallery/b/c2.jpg", "train/\x1b[31m.jpg"))
+    assert "\x1b" not in split.describe()
+    assert r"\x1b[31m.jpg" in split.describe()
+    with pytest.raises(DataError) as caught:
+        read("folder", make(tmp_path / "\x1b]0;x\x07", "train/a/1.jpg"))
+    assert "\x1b" not in str(caught.value)

@@ -1,11 +1,11 @@
-"""Batches that a stream of their own prepares while a step still reads the one before."""
+"""Prefetching: a side stream prepares a batch while a step still reads the one before."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from fusionreid.dataloading.loader import Batch, _beside
+from fusionreid.dataloading.loader import Batch, _prefetch
 
 BATCHES, NUMBERS = 4, 1 << 22  # of an epoch; of a batch, 32 MiB
 
@@ -20,7 +20,7 @@ def numbered(device: torch.device) -> Iterator[Batch]:
 def test_a_batch_outlives_its_step_and_the_next_epoch_has_its_memory() -> None:
     device, read, reserved = torch.device("cuda", 0), [], []
     for _ in range(6):
-        for batch in _beside(numbered(device), device):
+        for batch in _prefetch(numbered(device), device):
             torch.cuda._sleep(20_000_000)  # cycles: the host prepares all other batches before this one is read
             read.append(batch.images.sum())
             del batch

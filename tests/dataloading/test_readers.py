@@ -9,7 +9,7 @@ from PIL import Image
 
 from fusionreid.dataloading import DataError, read_split
 from fusionreid.dataloading.config import DatasetsConfig
-from fusionreid.dataloading.datasets.market1501 import PUBLISHED, compare
+from fusionreid.dataloading.datasets.market1501 import COUNTS, compare
 from fusionreid.dataloading.records import Record, Split
 from tests.numerics import FIXTURES
 
@@ -56,7 +56,7 @@ def test_recorded_folders(tmp_path, name):
     assert len(same_person) == split.num_persons == RECORDED[name]["counts"]["train_pids"]
     assert len(split.cameras) == RECORDED[name]["counts"]["train_cams"]
     assert split.persons == tuple(sorted(split.persons))
-    assert "not the published set" in split.note
+    assert "not the published set" in split.warnings[-1]
     assert all(os.path.isabs(record.path) for record in (*split.train, *split.query, *split.gallery))
 
 
@@ -79,11 +79,10 @@ def test_folder_names_of_other_systems(tmp_path, name, files, folder):
 
 
 def test_full_counts_raise_no_warning():
-    train, query, gallery = (tuple(Record(f"{i}", 1, 0) for i in range(count)) for count in PUBLISHED)
-    assert compare(Split("market1501", "/", train, query, gallery), PUBLISHED).note == ""
-    note = compare(Split("market1501", "/", train[1:], query, gallery, "V1"), PUBLISHED).note
-    assert note.startswith("V1; warning: ")
-    assert "train 12,935 (12,936)" in note
+    train, query, gallery = (tuple(Record(f"{i}", 1, 0) for i in range(count)) for count in COUNTS)
+    assert compare(Split("market1501", "/", train, query, gallery), COUNTS).warnings == ()
+    (warning,) = compare(Split("market1501", "/", train[1:], query, gallery), COUNTS).warnings
+    assert "train 12,935 (12,936)" in warning
 
 
 def test_what_archives_and_file_systems_leave_behind(tmp_path):
@@ -99,7 +98,12 @@ def test_what_archives_and_file_systems_leave_behind(tmp_path):
     (train / "0002_c1s1_000000_04.jpg").symlink_to(train / "0002_c1s1_000451_03.jpg")
     split = read("market1501", tmp_path)
     assert (len(split.train), len(split.query)) == (6, 2)  # one more by a link to a file
-    assert "bounding_box_train: 4 entries left out, no regular files" in split.note
+    assert {reason: len(paths) for reason, paths in split.left_out.items()} == {
+        "junk: person -1": 1,
+        "hidden, or a system's metadata": 1,  # what lies beside the data set's own folder is not of it
+        "not a regular file: a dangling link, a FIFO or a device": 3,
+    }
+    assert (split.used, split.found) == (len({*split.train, *split.query, *split.gallery}), split.used + 5)
 
 
 @pytest.mark.parametrize("name", ["1_c2 é ü.jpg", "1_c2" + "x" * 247 + ".jpg", os.fsdecode(b"1_c2_\xff\xfe.jpg")])
@@ -108,17 +112,18 @@ def test_strange_names(tmp_path, name):
         (tmp_path / folder).mkdir()
         Image.new("RGB", (4, 8)).save(tmp_path / folder / name)
     split = read("market", tmp_path)
-    assert (split.train[0].person, split.train[0].camera) == (1, 1)
+    assert (split.train[0].person, split.train[0].camera) == (1, 0)
+    assert split.camera_names == {0: "2"}
     split.describe().encode()
 
 
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda root: root.rename(root.with_name("elsewhere")), "no bounding_box_train in"),
+        (lambda root: root.rename(root.with_name("elsewhere")), "no bounding_box_train or bounding_box_test in"),
         (lambda root: (root / "query").rename(root / "q"), "no folder query.*(?s:.)*found in .*: .*q"),
         (lambda root: [p.unlink() for p in (root / "query").iterdir()], "no images in .*query"),
-        (lambda root: touch(root / "query/portrait.jpg"), "must begin with <person>_c<camera>.*portrait"),
+        (lambda root: touch(root / "query/portrait.jpg"), "must begin with <person>_c<camera>(?s:.)*portrait"),
         (lambda root: touch(root / "query/1_c0.jpg"), "cameras counted from 1"),
         (lambda root: write("market1501", root.with_name("Market-1501")), "several copies"),
     ],

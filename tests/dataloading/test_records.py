@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fusionreid.dataloading.dataset_warnings import few_persons
 from fusionreid.dataloading.records import DataError, Record, Split, check_batch, scarce_persons
 from tests import ROOT
 
@@ -43,8 +44,12 @@ def test_split_counts_and_labels():
 
 
 def test_an_empty_part_is_an_error():
-    with pytest.raises(DataError, match="no images for train in /data; all three parts are needed"):
-        split_of([])
+    with pytest.raises(DataError, match="no images for query in /data; query and gallery are always needed"):
+        split_of([(1, 0)], [])
+    without_train = split_of([])
+    assert (without_train.num_persons, without_train.num_cameras, without_train.labels) == (0, 0, [])
+    with pytest.raises(DataError, match="no images for train in /data; without them it can be evaluated"):
+        check_batch(without_train, 64, 4)
 
 
 def test_check_batch():
@@ -85,7 +90,7 @@ GOOD = {
 
 BOMB = """
 import resource, sys
-from fusionreid.dataloading.records import open_file, open_image
+from fusionreid.dataloading.image_files import open_file, open_image
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sys.argv[1:]:
     try:
@@ -97,7 +102,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-def test_row_16_a_lying_header_costs_no_memory(tmp_path):
+def test_a_lying_header_costs_no_memory(tmp_path):
     def with_sides(kind: str, mark: bytes, offset: int, sides: bytes, **options: object) -> bytes:
         data = image_bytes(kind, **options)
         place = data.index(mark) + offset
@@ -122,3 +127,14 @@ def test_row_16_a_lying_header_costs_no_memory(tmp_path):
     assert found[0] == "its header says 5001 x 5001 pixels, more than 25,000,000"
     assert [fault[:15] for fault in found] == ["its header says"] * len(bombs)
     assert int(growth) < 50 * 1024  # KiB
+
+
+@pytest.mark.parametrize(("query", "gallery", "warning"), [
+    ((7,), (7, 7), "one person only: every match is right"), ((7, 7), (7, 8), "all queries show one person"),
+    ((7, 8), (7, 8), ""),
+])  # fmt: skip
+def test_a_test_set_that_measures_nothing_is_warned_of(query, gallery, warning: str) -> None:
+    records = [tuple(Record(f"{part}{i}.jpg", person, i) for i, person in enumerate(persons))
+               for part, persons in (("q", query), ("g", gallery))]  # fmt: skip
+    split = Split("own", "/data", (Record("t.jpg", 1, 0),), *records)
+    assert [warning in line for line in few_persons(split)] == [True] * bool(warning)

@@ -1,6 +1,8 @@
 """The rendered data set: a pure function of its parameters, whole on disk, in the Market-1501 layout."""
 
+import errno
 import hashlib
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +18,7 @@ from fusionreid.dataloading.datasets import market1501
 from fusionreid.dataloading.datasets.synthetic import PARAMETERS, camera, person, render_dataset, render_person
 from fusionreid.dataloading.datasets.synthetic.__main__ import main
 from fusionreid.dataloading.records import DataError
+from fusionreid.errors import StorageError
 
 SMALL = {"persons": 3, "test_persons": 4, "cameras": 3, "images": 3, "seed": 5, "size": (64, 32)}
 
@@ -99,7 +102,20 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("fusionreid.dataloading.datasets.synthetic.render_person", fail)
     with pytest.raises(OSError, match="disk full"):
         render_dataset(tmp_path / "data" / "synthetic", **SMALL)
-    assert not list((tmp_path / "data").iterdir())
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [".synthetic.lock"]
+
+
+def test_what_a_killed_process_left_is_removed(root: Path, tmp_path: Path) -> None:
+    code = (
+        "import os; from fusionreid.dataloading.datasets import synthetic; "
+        "synthetic.render_person = lambda *_: os.kill(os.getpid(), 9); "
+        f"synthetic.render_dataset({str(tmp_path / 'synthetic')!r}, **{SMALL!r})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert len(list(tmp_path.glob(".synthetic-*"))) == 1
+    render_dataset(tmp_path / "synthetic", **SMALL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".synthetic.lock", "synthetic"]
+    assert digests(tmp_path / "synthetic") == digests(root)
 
 
 def test_processes_that_race_end_with_one_whole_folder(root: Path, tmp_path: Path) -> None:
@@ -113,7 +129,7 @@ def test_processes_that_race_end_with_one_whole_folder(root: Path, tmp_path: Pat
         racer.stdin.write(b"go\n")
         racer.stdin.close()
     assert [racer.wait(60) for racer in racers] == [0, 0, 0]
-    assert [path.name for path in tmp_path.iterdir()] == ["synthetic"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".synthetic.lock", "synthetic"]
     assert digests(tmp_path / "synthetic") == digests(root)
     assert (tmp_path / "synthetic").stat().st_mode & 0o055 == 0o055, "others may read it"
 
@@ -135,3 +151,20 @@ def test_wrong_counts_and_the_door(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["--root", str(tmp_path / "a"), *small]) == 0
     assert "25 images" in capsys.readouterr().out
     assert (tmp_path / "a" / PARAMETERS).is_file()
+
+
+@pytest.mark.parametrize(("code", "exit_code", "remedy"), [
+    (errno.ENOSPC, 4, "make room or set another one"), (None, 4, "make room or set another one"),
+    (errno.EROFS, 2, "set another one"),
+])  # fmt: skip
+def test_a_disk_that_does_not_take_it_names_the_key(
+    tmp_path: Path, monkeypatch, code: int, exit_code: int, remedy: str
+) -> None:
+    def save(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code)) if code else OSError("encoder error -2 when writing image file")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises((DataError, StorageError), match=rf"DATASETS\.ROOT_DIR {tmp_path} .*{remedy}") as caught:
+        read_split(DatasetsConfig(NAMES="synthetic", ROOT_DIR=str(tmp_path)))
+    assert caught.value.exit_code == exit_code
+    assert {path.name for path in tmp_path.iterdir()} <= {".synthetic.lock"}

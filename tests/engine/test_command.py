@@ -2,20 +2,19 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from fusionreid.engine import command
+from fusionreid.engine.arguments import Command, Ending
 from fusionreid.engine.checkpoints.checkpoint import CheckpointError, DamagedError
-from fusionreid.engine.command import OutputFolderError, Stop, lock
-from fusionreid.engine.storage import StorageError
+from fusionreid.engine.storage import OutputFolderError, StorageError
 from tests import ROOT
+from tests.programs import program, start
 
 
 @pytest.fixture
@@ -29,11 +28,11 @@ def exit_json(argv: list[str]) -> dict:
     return json.loads((Path(argv[-1]) / "exit.json").read_text())
 
 
-def raising(error: BaseException):
+def raising(error: BaseException) -> Command:
     def work(_cfg) -> None:
         raise error
 
-    return work
+    return Command(work, "", "", [])
 
 
 class FromBelow(BaseException):
@@ -55,7 +54,7 @@ class FromBelow(BaseException):
     (FromBelow("rank 1 failed"), 1, "error: FromBelow: rank 1 failed"),
 ])  # fmt: skip
 def test_every_failure_has_its_code_and_reason(argv, capsys, error: BaseException, code: int, text: str) -> None:
-    """Row 32 too: out of memory says the peak, the batch and half of it."""
+    """Out of memory says the peak, the batch and half of it."""
     assert command.run(raising(error), argv) == code
     err = capsys.readouterr().err
     assert text in err
@@ -65,28 +64,39 @@ def test_every_failure_has_its_code_and_reason(argv, capsys, error: BaseExceptio
     assert written["reason"] in err
 
 
-def test_success_arguments_and_flags(argv, capsys) -> None:
+def test_a_command_gets_its_options_and_says_what_comes_next(argv, capsys) -> None:
     seen = []
 
     def work(cfg, *, fast: bool) -> None:
         seen.append((cfg.SOLVER.BASE_LR, cfg.SOLVER.IMS_PER_BATCH, fast))
 
+    about = Command(
+        work, "", "", [], lambda parser: parser.add_argument("--fast", action="store_true"),
+        ending=lambda cfg, *, fast: Ending([Path("model.onnx")], "evaluate"),
+    )  # fmt: skip
     (Path(argv[-1]) / "exit.json").write_text("stale")
     overrides = ["SOLVER.BASE_LR", "1e-2", "--fast", "SOLVER.IMS_PER_BATCH=32"]
-    assert command.run(work, [*argv[:2], *overrides, *argv[2:]], {"--fast": "be fast"}) == 0
-    assert command.run(work, argv, {"--fast": "be fast"}) == 0
+    assert command.run(about, [*argv[:2], *overrides, *argv[2:]]) == 0
+    err = capsys.readouterr().err
+    assert "INFO wrote model.onnx" in err
+    words = f"{' '.join(argv[:2])} SOLVER.BASE_LR 1e-2 SOLVER.IMS_PER_BATCH=32 {' '.join(argv[2:])}"
+    assert f"INFO next: fusionreid evaluate {words}" in err
+    assert command.run(about, argv) == 0
     assert seen == [(0.01, 32, True), (0.005, 64, False)]
     assert exit_json(argv) == {"code": 0, "reason": "done", "command": "work", "rank": 0}
-    assert command.run(work, [*argv, "--print-config"]) == 0
-    assert "IMS_PER_BATCH: 64" in capsys.readouterr().out
+    capsys.readouterr()
+    assert command.run(about, [*argv, "--print-config"]) == 0
+    out, err = capsys.readouterr()
+    assert "IMS_PER_BATCH: 64" in out
+    assert "next:" not in err
     for wrong in (["--confg_file", "x"], []):
         with pytest.raises(SystemExit, match="2"):
-            command.run(work, wrong)
+            command.run(about, wrong)
 
 
 def test_the_first_reason_stays_and_other_ranks_report_failures_only(argv, monkeypatch, capsys) -> None:
     monkeypatch.setattr(command, "RANK", 1)
-    assert command.run(lambda _: 0, argv) == 0
+    assert command.run(Command(lambda _: 0, "", "", []), argv) == 0
     assert not (Path(argv[-1]) / "exit.json").exists()
     assert command.run(raising(DamagedError("cut")), argv) == 3
     assert command.run(raising(SystemExit(143)), argv) == 143  # torchrun ends the others because one failed
@@ -94,20 +104,17 @@ def test_the_first_reason_stays_and_other_ranks_report_failures_only(argv, monke
     assert capsys.readouterr().err == "[rank 1] error: cut\n[rank 1] stopped by SIGTERM\n"
 
 
-PROGRAM = """
-import os, sys, time
-from fusionreid.engine import command
-def train(cfg):
-    print("torch" in sys.modules, flush=True)
-    BODY
-sys.exit(command.run(train))
-"""
+def test_a_disk_that_is_full_leaves_no_empty_exit_json(argv, full_disk, capsys) -> None:
+    assert command.run(raising(StorageError("no room")), argv) == 4
+    assert list(Path(argv[-1]).glob("*exit*")) == []
+    err = capsys.readouterr().err
+    assert "error: no room" in err
+    assert "exit.json cannot be written" in err
 
 
-def start(argv: list[str], body: str, **options) -> subprocess.Popen:
-    body = PROGRAM.replace("BODY", body.strip().replace("\n", "\n    "))
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    return subprocess.Popen([sys.executable, "-c", body, *argv], cwd=ROOT, **options)
+def test_a_folder_of_another_run_gets_no_exit_json(argv) -> None:
+    assert command.run(raising(OutputFolderError("in use")), argv) == 2
+    assert not (Path(argv[-1]) / "exit.json").exists()
 
 
 def test_a_mistake_in_the_configuration_shows_before_torch_loads(argv) -> None:
@@ -120,75 +127,13 @@ def test_a_mistake_in_the_configuration_shows_before_torch_loads(argv) -> None:
     assert child.returncode == 0
 
 
-GRACEFUL = """
-stop = command.Stop()
-print("ready", flush=True)
-while not stop.requested: time.sleep(0.01)
-print("saving", flush=True)
-time.sleep(LAST_STEP)
-raise SystemExit(128 + stop.flag)
-"""
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_row_2_a_signal_lets_the_step_finish_and_a_second_one_does_not(argv, number: int, code: int) -> None:
-    for last_step in (0.3, 60):
-        child = start(argv, GRACEFUL.replace("LAST_STEP", str(last_step)))
-        assert [child.stdout.readline(), child.stdout.readline()][1] == "ready\n"
-        child.send_signal(number)
-        assert child.stdout.readline() == "saving\n"
-        child.send_signal(number)  # passed on by a launcher: the same one
-        if last_step == 60:
-            time.sleep(command.REPEAT_S + 0.2)
-            child.send_signal(number)
-        assert child.wait(10) == code
-        assert (Path(argv[-1]) / "exit.json").exists() == (last_step != 60)
-
-
-def test_a_command_without_a_graceful_stop_ends_too(argv) -> None:
-    child = start(argv, "time.sleep(60)")
-    child.stdout.readline()
-    child.terminate()
-    assert child.wait(10) == 143
-    assert exit_json(argv)["reason"] == "stopped by SIGTERM"
-    before = signal.getsignal(signal.SIGINT)
-    with Stop() as stop:
-        assert (stop.requested, stop.flag) == (None, 0)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.flag == signal.SIGTERM
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_row_33_two_runs_in_one_folder(argv, tmp_path: Path) -> None:
-    output = Path(argv[-1])
-    body = "from pathlib import Path\nheld = command.lock(Path(cfg.OUTPUT_DIR))\n"
-    first = start(
-        argv, body + "worker = os.fork()\nif worker: print(worker, flush=True)\ntime.sleep(60)"
-    )  # a worker outlives its run
-    first.stdout.readline()
-    worker = int(first.stdout.readline())
-    second = start(argv, body)
-    err = second.communicate()[1]
-    assert second.returncode == 2
-    assert f"in use by process {first.pid} on {os.uname().nodename}: wait for it or set another OUTPUT_DIR" in err
-    assert not (output / "exit.json").exists()  # that is the first run's to write
-    first.kill()
-    first.wait()
-    lock(output).close()  # a dead owner's lock is free at once
-    os.kill(worker, signal.SIGKILL)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputFolderError, match=r"OUTPUT_DIR .*file cannot be written: .*; set another one") as caught:
-        lock(tmp_path / "file")
-    assert caught.value.exit_code == 2
-
-
 SHELLS = {'"$@" >&-': 0, '"$@" | true; exit ${PIPESTATUS[0]}': 1, 'LANG=C LC_ALL=C "$@" >/dev/full': 1}
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("shell", SHELLS)
-def test_row_40_stdout_without_a_reader(argv, shell: str, unbuffered: str) -> None:
-    body = PROGRAM.replace("BODY", "time.sleep(0.1)\n    for _ in range(9): print('größe' * 999)")
+def test_stdout_without_a_reader(argv, shell: str, unbuffered: str) -> None:
+    body = program("time.sleep(0.1)\nfor _ in range(9): print('größe' * 999)")
     command = ["bash", "-c", shell, "bash", sys.executable, "-c", body, *argv]
     done = subprocess.run(
         command, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False,
@@ -200,8 +145,8 @@ def test_row_40_stdout_without_a_reader(argv, shell: str, unbuffered: str) -> No
 
 
 @pytest.mark.parametrize("shell", ['"$@" 2>&-', '"$@" 2>&1 >/dev/null | true; exit ${PIPESTATUS[0]}'])
-def test_row_40_stderr_without_a_reader(argv, shell: str) -> None:
-    body = PROGRAM.replace("BODY", "import logging; logging.warning('dropped'); print('so is this', file=sys.stderr)")
+def test_stderr_without_a_reader(argv, shell: str) -> None:
+    body = program("import logging; logging.warning('dropped'); print('so is this', file=sys.stderr)")
     command = ["bash", "-c", shell, "bash", sys.executable, "-c", body, "SOLVER.MARGIN", "0.5", *argv]  # worth a note
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
     assert done.returncode == 0

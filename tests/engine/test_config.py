@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,18 @@ def test_loading_never_imports_torch() -> None:
         "import sys; from fusionreid.engine.config import *; load_config(sys.argv[1]); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script, str(FILES[0])], check=True, cwd=ROOT)
+
+
+def test_a_file_that_is_no_configuration_is_refused_in_seconds(tmp_path: Path) -> None:
+    (tmp_path / "long.yml").write_text("".join(f"UNKNOWN_KEY_{i}: {i}\n" for i in range(30_000)))
+    (tmp_path / "wrong.yml").write_text("".join(f"UNKNOWN_KEY_{i}: {i}\n" for i in range(3_000)))
+    start = time.process_time()
+    with pytest.raises(
+        ConfigError, match=r"long\.yml: has over 100,000 characters, a configuration has a few thousand"
+    ):
+        load_config(tmp_path / "long.yml")
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "wrong.yml")
+    assert time.process_time() - start < 5
+    *lines, last = str(caught.value).splitlines()
+    assert (len(lines), last) == (100, "and 2,900 more mistakes")

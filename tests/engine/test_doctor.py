@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fusionreid.dataloading import decode_workers
 from fusionreid.dataloading.decode import BICUBIC, decode
 from fusionreid.dataloading.records import DataError
 from fusionreid.engine import preflight
 from fusionreid.engine.doctor import main
+from fusionreid.engine.train import main as train
 from tests.runs import ROOT, arguments
 
 ROWS = ["versions", "device", "data set", "image files", "batches", "test", "weights", "checkpoint", "disk", "memory"]
@@ -38,14 +40,14 @@ def test_all_is_well(root, tmp_path, capfd):
     assert "synthetic in" in text
     assert f"{len(list(root.rglob('*.jpg')))}: decoded" in text
     assert "4 persons x 4 images, for 1, 2, 4 processes" in text
-    assert errors == ""
+    assert [line.partition("INFO ")[2][:23] for line in errors.splitlines()] == ["next: fusionreid train "]
     assert not (tmp_path / "out").exists()
 
 
 def test_everything_wrong_is_told_at_once(root, tmp_path, capfd, monkeypatch):
     (tmp_path / "out").write_text("")
     monkeypatch.setattr(preflight, "NEEDED", ("torch", "nosuchpackage"))
-    monkeypatch.setattr(preflight, "SHARED", Path("/proc"))  # no room at all
+    monkeypatch.setattr(decode_workers, "SHARED", Path("/proc"))  # no room at all
     keys = {"DATALOADER__NUM_WORKERS": 2, "MODEL__PRETRAIN_CHOICE": "imagenet", "TEST__WEIGHT": tmp_path / "none.pth"}
     assert main(arguments(root, tmp_path / "out", **keys)) == 2
     text, errors = capfd.readouterr()
@@ -147,3 +149,34 @@ def test_a_thousand_spoilt_images_decode_or_are_named(tmp_path):
     assert named.keys() == refused
     assert 300 < len(refused) < 900
     assert all(named.values())
+
+
+def test_a_checkpoint_that_training_would_refuse_is_wrong_here_too(root, tmp_path, capfd):
+    """Both end with 3, and with the same table of what does not fit."""
+    assert train(arguments(root, tmp_path, SOLVER__MAX_EPOCHS=1, SOLVER__EVAL_PERIOD=1)) == 0
+    assert main(arguments(root, tmp_path, SOLVER__MAX_EPOCHS=1, SOLVER__EVAL_PERIOD=1, TEST__WEIGHT=tmp_path)) == 0
+    text = capfd.readouterr().out
+    assert f"training goes on from {tmp_path}/checkpoints/step-" in text
+    assert "is whole and fits the model" in text
+    best = tmp_path / "checkpoints/best.json"
+    kept = best.read_text()
+    best.write_text(kept.replace("1", "2", 1))
+    assert main(arguments(root, tmp_path, SOLVER__MAX_EPOCHS=1, SOLVER__EVAL_PERIOD=1)) == 3
+    assert "best.json is damaged" in capfd.readouterr().out
+    best.write_text(kept)
+    for key, value in {"SOLVER__BASE_LR": 0.5, "MODEL__MIX_DIM": 48}.items():
+        argv = arguments(root, tmp_path, SOLVER__MAX_EPOCHS=1, SOLVER__EVAL_PERIOD=1, **{key: value})
+        assert (main(argv), train(argv)) == (3, 3)
+        told, refused = capfd.readouterr()
+        assert verdicts(told)["checkpoint"] == "WRONG"
+        row = next(line for line in refused.splitlines() if line.startswith(f"  {key.replace('__', '.')}"))
+        assert row.strip() in told
+
+
+def test_a_test_set_of_one_person_is_a_warning_and_not_ok(tmp_path, capfd):
+    one = {"DATASETS__SYNTHETIC__TEST_PERSONS": 1}
+    assert main(arguments(tmp_path / "data", tmp_path / "out", **one)) == 0
+    text, errors = capfd.readouterr()
+    assert verdicts(text)["test"] == "warning"
+    assert text.count("all queries show one person: the results are of that person") == 1
+    assert "WARNING synthetic: all queries show one person" in errors  # as train and evaluate say it too

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fusionreid.kernels import _path, augment, reference
-from fusionreid.kernels.augmentation import SPARE, normalize
+from fusionreid.kernels.augmentation import SPARE, erase_rectangles, normalize
 
 SETTINGS = {"seed": 1111, "epoch": 3, "mean": (0.5, 0.4, 0.3), "std": (0.5, 0.25, 0.2)}
 
@@ -36,8 +36,6 @@ def first(inputs: dict[str, torch.Tensor], **changes: object) -> dict[str, objec
 )
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 33])
 def test_as_the_reference(dtype, error, size):
-    if dtype == torch.bfloat16 and _path.triton_on_cpu:
-        pytest.skip("Triton's interpreter cuts bf16 off instead of rounding")
     inputs = batch(size)
     out = augment(**inputs, dtype=dtype, **SETTINGS)
     expected = reference.augment(**inputs, dtype=torch.float64, **SETTINGS)
@@ -55,6 +53,21 @@ def test_images_larger_and_smaller_than_a_program(height, width):
     assert difference.abs().max() < 2e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rectangles_erased_afterwards_are_the_same(dtype):
+    inputs = batch(9, 40, 50)
+    inputs["erase"][:2] = torch.tensor([[0, 0, 40, 50], [39, 49, 1, 1]])
+    expected = augment(**inputs, dtype=dtype, **SETTINGS)
+    out = augment(**inputs | {"erase": torch.zeros_like(inputs["erase"])}, dtype=dtype, **SETTINGS)
+    place = {"seed": SETTINGS["seed"], "epoch": SETTINGS["epoch"]}
+    assert erase_rectangles(out, inputs["erase"], inputs["index"], **place) is out
+    assert torch.equal(out, expected)
+    with pytest.raises(ValueError, match=r"images must be floating \(B, 3, H, W\), channels-last"):
+        erase_rectangles(out.contiguous(), inputs["erase"], inputs["index"], **place)
+    with pytest.raises(ValueError, match=r"erase must be \(9, 4\)"):
+        erase_rectangles(out, inputs["erase"][:8], inputs["index"], **place)
+
+
 def test_rows_of_more_images():
     inputs = batch(6)
     inputs["rows"] = torch.tensor([5, 0, 0, 3, 4, 1])
@@ -63,6 +76,26 @@ def test_rows_of_more_images():
     gathered = few | {"images": few["images"][few.pop("rows")]}
     assert torch.equal(out, augment(**{k: v for k, v in gathered.items() if k != "rows"}, **SETTINGS))
     assert (out - reference.augment(**inputs, **SETTINGS)[:4]).abs().max() < 2e-6
+
+
+def test_parameters_may_be_strided():
+    inputs = batch(5)
+    inputs["erase"][:] = torch.tensor([2, 3, 10, 5])
+    inputs["rows"] = torch.tensor([4, 0, 3, 3, 1])
+    strided = {name: torch.stack((tensor, tensor.flip(0)), dim=-1)[..., 0] for name, tensor in inputs.items()}
+    strided["images"] = inputs["images"].mT.contiguous().mT
+    assert not any(tensor.is_contiguous() for tensor in strided.values())
+    assert torch.equal(augment(**strided, **SETTINGS), augment(**inputs, **SETTINGS))
+
+
+@pytest.mark.parametrize("row", [-1, 2, 2**40])
+def test_a_row_that_does_not_exist_is_no_image(row):
+    inputs = first(batch(2)) | {"images": torch.full((2, 24, 11, 3), 9, dtype=torch.uint8), "rows": torch.tensor([row])}
+    if _path.triton_on_cpu or torch.cuda.is_available():
+        assert augment(**inputs, **SETTINGS).isnan().all()
+    else:
+        with pytest.raises(ValueError, match=r"augment: rows must lie in 0\.\.1, got"):
+            augment(**inputs, **SETTINGS)
 
 
 def test_memory_serves_again_only_once_nothing_refers_to_it():
@@ -123,16 +156,19 @@ def test_normalize():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": torch.zeros(1, 3, 4, 4)}, "must be \\(B, H, W, 3\\) uint8, got \\(1, 3, 4, 4\\) torch.float32"),
+        ({"images": torch.zeros(1, 3, 4, 4)}, "must be \\(N, H, W, 3\\) uint8, got \\(1, 3, 4, 4\\) torch.float32"),
         ({"flip": torch.zeros(2, dtype=torch.bool)}, "flip must be \\(1,\\)"),
         ({"flip": torch.zeros(1, dtype=torch.int64)}, "flip must be bool"),
         ({"shift": torch.zeros(1, 2)}, "shift must be \\(1, 2\\) whole numbers"),
         ({"erase": torch.zeros(1, 3, dtype=torch.int64)}, "erase must be \\(1, 4\\)"),
-        ({"index": torch.zeros(1, dtype=torch.int32)}, "index int64"),
+        ({"index": torch.zeros(1, dtype=torch.int32)}, "index must be int64"),
         ({"rows": torch.zeros(1)}, "rows must be \\(1,\\) whole numbers"),
         ({"rows": torch.zeros(2, dtype=torch.int64)}, "flip must be \\(2,\\)"),
         ({"std": (0.5, 0.5)}, "mean and std must be three numbers each"),
         ({"std": (0.5, 0.5, 0.0)}, "std above 0"),
+        ({"std": (0.5, 0.5, float("nan"))}, "all of them finite"),
+        ({"mean": (0.5, 0.5, float("inf"))}, "all of them finite"),
+        ({"dtype": torch.uint8}, "dtype must be floating, got torch.uint8"),
         ({"seed": -1}, "seed and epoch"),
     ],
 )

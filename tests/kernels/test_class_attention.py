@@ -144,7 +144,25 @@ def test_wrong_inputs_are_named(field: str, shape: tuple[int, ...], message: str
         dual_cross_attention(make_stream(2, 5, 3, 4, 12)._replace(**{field: torch.zeros(shape)}))
 
 
+@pytest.mark.parametrize("field", NAMES)
+def test_other_devices_and_whole_numbers_are_refused(field: str) -> None:
+    stream = make_stream(2, 5, 3, 4, 12)
+    for wrong in (getattr(stream, field).long(), getattr(stream, field).to("meta")):
+        with pytest.raises(ValueError, match="must be floating and on"):
+            dual_cross_attention(stream._replace(**{field: wrong}))
+
+
+@pytest.mark.parametrize("wrong", [torch.inf, -torch.inf, torch.nan, 1e39])
+def test_numbers_that_are_not_finite_are_refused(wrong: float) -> None:
+    stream = make_stream(2, 5, 3, 4, 12)
+    with pytest.raises(ValueError, match="scale must be finite in float32, got"):
+        dual_cross_attention(stream, scale=wrong)
+    for eps in (wrong, -1e-5):
+        with pytest.raises(ValueError, match="norm_eps must be finite and not below 0, got"):
+            dual_cross_attention(stream._replace(norm_eps=eps))
+
+
 def test_streams_of_different_batches_are_refused() -> None:
     for other in (make_stream(1, 5, 3, 4, 12), make_stream(2, 5, 3, 4, 12, torch.float32)):
-        with pytest.raises(ValueError, match="same images, heads and head width, and type of tokens"):
+        with pytest.raises(ValueError, match="same images, heads and head width, and dtype and device of tokens"):
             dual_cross_attention(make_stream(2, 5, 3, 4, 12), other)

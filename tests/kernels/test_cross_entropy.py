@@ -7,7 +7,6 @@ from torch import Tensor
 from fusionreid.kernels import cross_entropy, reference, smoothed_cross_entropy
 from tests.numerics import assert_as_accurate, assert_close
 
-BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.needs_gpu("the interpreter lacks bf16"))
 # Images, classes, heads: one below, at and above a block of 128 and of 4096.
 SHAPES = [(3, 1, 1), (2, 127, 2), (3, 128, 1), (2, 129, 3), (2, 751, 6), (2, 4095, 1), (1, 4096, 1), (2, 4097, 2)]
 
@@ -40,7 +39,7 @@ def test_is_as_accurate_as_plain_torch(images: int, classes: int, heads: int, dt
 
 @pytest.mark.usefixtures("triton_path")
 @pytest.mark.parametrize("smoothing", [0.0, 0.25, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("images", "classes", "heads"), SHAPES)
 def test_kernels_are_as_accurate_as_plain_torch(
     images: int, classes: int, heads: int, dtype: torch.dtype, smoothing: float
@@ -77,11 +76,26 @@ def test_kernels_take_large_logits_excluded_classes_several_types_and_strides() 
 @pytest.mark.usefixtures("triton_path")
 def test_kernels_keep_a_small_loss_of_large_logits_and_take_every_other_label() -> None:
     z, persons = torch.tensor([[9999.0, 1e4], [1e4, 9999.0]], requires_grad=True), torch.tensor([1, 1, 0, 0])[::2]
-    terms, _ = cross_entropy._forward([z], persons, 0.0)
-    assert_close("losses", terms[0], torch.tensor([1.0, 1.0]).neg().exp().log1p() / 2, 1e-6)
-    (gradient,) = torch.autograd.grad(terms, z, torch.tensor([[1.0, 3.0]]))
-    share = torch.tensor(-1.0).sigmoid() / 2
-    assert_close("gradient", gradient, share * torch.tensor([[1.0, -1.0], [-3.0, 3.0]]), 1e-6)
+    losses = smoothed_cross_entropy([z, z], persons, 0.0)
+    assert_close("losses", losses, torch.tensor([-1.0, -1.0]).exp().log1p(), 1e-6)
+    (gradient,) = torch.autograd.grad(losses, z, torch.tensor([1.0, 3.0]))
+    share = 4 * torch.tensor(-1.0).sigmoid() / 2
+    assert_close("gradient", gradient, share * torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), 1e-6)
+
+
+@pytest.mark.usefixtures("triton_path")
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("level", [-1e31, -3e38, torch.finfo(torch.float32).min, 3e38])
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # the interpreter's numpy, on purpose
+def test_kernels_take_all_that_float32_holds(level: float, smoothing: float) -> None:
+    logits = [torch.full((2, 5), level, requires_grad=True)]
+    out = losses_and_gradients(smoothed_cross_entropy, logits, torch.tensor([0, 3]), smoothing, torch.ones(1))
+    doubles = [z.double() for z in logits]
+    gold = losses_and_gradients(
+        reference.smoothed_cross_entropy, doubles, torch.tensor([0, 3]), smoothing, torch.ones(1)
+    )
+    for value, expected in zip(out, gold):
+        assert_close("loss and gradient", value, expected, 1e-6)
 
 
 @pytest.mark.usefixtures("triton_path")
@@ -96,19 +110,26 @@ def test_kernels_show_nan_and_labels_out_of_range() -> None:
 @pytest.mark.usefixtures("triton_path")
 def test_kernels_are_registered_whole() -> None:
     logits, persons = [torch.randn(3, 4, requires_grad=True), torch.randn(3, 4).half()], torch.tensor([0, 3, 1])
-    torch.library.opcheck(cross_entropy._forward, (logits, persons, 0.1))
     detached = [z.detach() for z in logits]
+    torch.library.opcheck(cross_entropy._forward, (detached, persons, 0.1))
     _, lse = cross_entropy._forward(detached, persons, 0.1)
-    torch.library.opcheck(cross_entropy._backward, (torch.randn(2, 3), detached, persons, lse, 0.1))
+    torch.library.opcheck(cross_entropy._backward, (torch.randn(2), detached, persons, lse, 0.1))
     compiled = torch.compile(lambda *z: smoothed_cross_entropy(z, persons), backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*logits), smoothed_cross_entropy(logits, persons))
+    losses = [op(*logits) for op in (compiled, lambda *z: smoothed_cross_entropy(z, persons))]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), logits[0]) for loss in losses))
 
 
 def test_wrong_input_is_named() -> None:
     z, persons = torch.ones(2, 3), torch.zeros(2, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"B = 2 persons, got \(2, 4\) torch.float32 in head 1"):
+    with pytest.raises(ValueError, match=r"B = 2 persons and .*, got \(2, 4\) torch.float32 on cpu in head 1"):
         smoothed_cross_entropy([z, torch.ones(2, 4)], persons)
     with pytest.raises(ValueError, match=r"smoothing 1\.5"):
         smoothed_cross_entropy([z], persons, 1.5)
+    with pytest.raises(ValueError, match=r"got .* on meta in head 0"):
+        smoothed_cross_entropy([z.to("meta")], persons)
+    for wrong in (persons.int(), persons.double(), persons[:, None]):
+        with pytest.raises(ValueError, match=r"persons must be \(B,\) int64, got"):
+            smoothed_cross_entropy([z], wrong)
     with pytest.raises(ValueError, match="0 heads"):
         smoothed_cross_entropy([], persons)

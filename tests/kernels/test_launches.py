@@ -44,7 +44,7 @@ def persons() -> Tensor:
 @pytest.mark.parametrize(
     ("op", "launches"),
     [
-        (lambda: dual_self_attention(torch.randn(1, 5, 3, 1, 16, requires_grad=True)).sum().backward(), 2),
+        (lambda: dual_self_attention(torch.randn(1, 5, 3, 1, 16).half().requires_grad_()).sum().backward(), 2),
         (lambda: class_attention().sum().backward(), 2),
         (lambda: batch_hard_triplet(features(), persons()).losses.sum().backward(), 2),
         (lambda: smoothed_cross_entropy(features(), persons()).sum().backward(), 2),

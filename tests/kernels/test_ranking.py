@@ -113,13 +113,14 @@ def test_the_error_bound_holds_and_is_not_vacuous(width: int, normalize: bool) -
 def test_products_are_those_of_float32_whatever_the_program_allows() -> None:
     """Named in torch's newer way, after which the older one raises."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
     backends[0].fp32_precision = "tf32"
     try:
         with _exact_distances.full_precision(torch.empty(0)):
             assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
-        assert [backend.fp32_precision for backend in backends] == ["tf32", "none"]
+        assert [backend.fp32_precision for backend in backends] == ["tf32", before[1]]
     finally:
-        backends[0].fp32_precision = "none"
+        backends[0].fp32_precision = before[0]
 
 
 def test_features_of_any_type_are_left_as_they_are() -> None:

@@ -40,7 +40,6 @@ def assert_selection_is_fp32_grade(x: Tensor, persons: Tensor) -> None:
         assert (error[mined.valid] <= bound).all()
 
 
-BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.needs_gpu("the interpreter's bf16 product is wrong"))
 # Images and widths of the heads, one below, at and above the kernels' blocks; True: in the tiles of a large batch.
 KERNEL_SHAPES = [
     *((1, (3,), False), (15, (7,), False), (16, (32, 31), False), (17, (255, 256, 257), False), (2, (3,), True)),
@@ -58,7 +57,7 @@ def mined_and_gradients(
 
 
 @pytest.mark.usefixtures("triton_path")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("images", "widths", "large"), KERNEL_SHAPES)
 def test_kernels_are_as_accurate_as_plain_torch(
     monkeypatch: pytest.MonkeyPatch, images: int, widths: tuple[int, ...], large: bool, dtype: torch.dtype

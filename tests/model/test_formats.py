@@ -55,7 +55,7 @@ def test_missing_file_and_file_without_tensors_are_refused(tmp_path: Path) -> No
     with pytest.raises(WeightsError, match="no such weight file"):
         read_state(tmp_path / "weights.pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(WeightsError, match="must hold a dictionary of tensors, got list"):
+    with pytest.raises(WeightsError, match="must hold a dictionary of tensors; it holds a value of type list"):
         read_state(tmp_path / "list.pth")
 
 

@@ -1,6 +1,7 @@
 """Finished models: the published names of every model, what does not fit, and fine-tuning from ours or theirs."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fusionreid.weights import (
     load_published,
     published_names,
 )
+from fusionreid.weights.checkpoint_files import DamagedError
 from fusionreid.weights.formats import read_state, resize_positions
 from tests.model.test_weights import assert_loaded, random_state, vit
 from tests.numerics import FIXTURES
@@ -136,9 +138,33 @@ def test_fine_tuning_from_a_checkpoint_of_ours(tmp_path: Path) -> None:
     (report,) = load_pretrained(model, config)
     assert_tuned(model, report, state, (4, 3))
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-    (path / "state.json").write_text("{}")
+    path = checkpoint.save(tmp_path, 5, {"model": state, "optimizer": {}}, {})
     with pytest.raises(WeightsError, match=r"state\.json: must hold the configuration"):
         load_finetune(model, path)
+
+
+def test_fine_tuning_reads_no_checkpoint_with_a_flipped_bit_or_a_cut_manifest(tmp_path: Path) -> None:
+    config = ModelConfig(PRETRAIN_CHOICE="checkpoint", STRIDE_SIZE=(16, 16), **SMALL)
+    model = build_model(config, (64, 48), num_classes=7, num_cameras=3)
+    saved = Config(MODEL=config).model_dump(mode="json")
+    saved["INPUT"]["SIZE_TRAIN"] = [64, 48]
+    path = checkpoint.save(tmp_path, 5, {"model": random_state(model), "optimizer": {}}, {"config": saved})
+    draw = random.Random(1111)
+    for file in sorted(path.iterdir()):
+        whole = file.read_bytes()
+        for _ in range(5):
+            place = draw.randrange(len(whole))
+            with open(file, "r+b") as opened:
+                opened.seek(place)
+                opened.write(bytes([whole[place] ^ 1 << draw.randrange(8)]))
+            with pytest.raises(DamagedError, match=r"is damaged|cannot be followed"):
+                load_finetune(model, path)
+            file.write_bytes(whole)
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(DamagedError):
+            load_finetune(model, path)
+        file.write_bytes(whole)
+    assert load_finetune(model, path).missing == []
 
 
 def test_fine_tuning_from_a_file_of_the_published_code(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import time
 
 from fusionreid.dataloading.config import SyntheticConfig
 from fusionreid.dataloading.datasets.synthetic import render_dataset
-from fusionreid.dataloading.records import DataError, shown
+from fusionreid.dataloading.records import DataError, printable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     except DataError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(f"{shown(root)}: {sum(1 for _ in root.glob('*/*.jpg')):,} images in {time.perf_counter() - start:.1f} s")
+    print(f"{printable(root)}: {sum(1 for _ in root.glob('*/*.jpg')):,} images in {time.perf_counter() - start:.1f} s")
     return 0
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from fusionreid.engine.checkpoints import checkpoint
+from fusionreid.engine.checkpoints.retention import Progress
 from fusionreid.engine.storage import StorageError
 
 
@@ -63,6 +64,30 @@ class Killed(BaseException):
     pass
 
 
+def test_a_kill_between_two_renames_costs_no_checkpoint_of_a_step_that_is_saved_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 3 alone is there, as after a signal in the last step of an epoch, and is saved once more."""
+    whole = save(tmp_path, 3)
+    renames = iter((os.rename,))
+
+    def rename(source: Path, target: Path) -> None:
+        try:
+            next(renames)(source, target)
+        except StopIteration:
+            raise Killed from None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # nothing runs after a kill
+        with pytest.raises(Killed):
+            save(tmp_path, 3)
+    assert not whole.exists()
+    checkpoint.clean(tmp_path)
+    assert_is(checkpoint.latest(tmp_path), 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
 @pytest.mark.parametrize("step", [2, 3])  # 2: replaces one of the same step; 3: a new one, which purges the first
 def test_row_3_and_4_a_kill_at_any_call_leaves_the_newest_whole_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
@@ -88,13 +113,14 @@ def test_row_3_and_4_a_kill_at_any_call_leaves_the_newest_whole_one(
             for place, name in places:
                 patch.setattr(place, name, dying(getattr(place, name)))
             try:
-                save(root, step), checkpoint.mark_best(root, step, 0.5), checkpoint.purge(root, keep=2)
+                save(root, step), checkpoint.write_progress(root, Progress(step, step, 0.5))
+                checkpoint.purge(root, step)
                 done = True
             except Killed:
                 kills += 1
-        assert_is(checkpoint.latest(root), *((1, 2) if step == 2 else (2, 3)))
         assert all(checkpoint.verify(path) for path in checkpoint.checkpoints(root))
         checkpoint.clean(root)
+        assert_is(checkpoint.latest(root), 2, step)
         assert not list(root.glob(".tmp-*"))
         assert_is(save(root, step), step)
     assert kills > 12
@@ -158,16 +184,15 @@ def test_last_two_and_best_are_kept_by_step_not_by_clock(tmp_path: Path) -> None
     """Row 36 too: the clock may jump."""
     assert checkpoint.latest(tmp_path / "none") is None
     assert checkpoint.best(tmp_path) is None
+    spared: list[int] = []
     for step in (5, 20, 100, 3_000_000, 200_000_000):
         path = save(tmp_path, step)
         os.utime(path, (10**9 - step, 10**9 - step))
         if step == 20:
-            checkpoint.mark_best(tmp_path, step, 0.5)
-        checkpoint.purge(tmp_path)
+            spared = [20]
+        checkpoint.purge(tmp_path, step, spared)
     (tmp_path / "step-notes").mkdir()
     assert [int(p.name[5:]) for p in checkpoint.checkpoints(tmp_path)] == [20, 3_000_000, 200_000_000]
     assert_is(checkpoint.latest(tmp_path), 200_000_000)
-    assert_is(checkpoint.best(tmp_path).path, 20)
-    checkpoint.mark_best(tmp_path, 3_000_000, 0.5)
-    checkpoint.purge(tmp_path, keep=1)
+    checkpoint.purge(tmp_path, 200_000_000, [3_000_000], keep=1)
     assert [int(p.name[5:]) for p in checkpoint.checkpoints(tmp_path)] == [3_000_000, 200_000_000]

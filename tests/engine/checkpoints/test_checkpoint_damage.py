@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from fusionreid.engine.checkpoints import checkpoint
-from fusionreid.engine.checkpoints.checkpoint import MANIFEST, CheckpointError, DamagedError
+from fusionreid.engine.checkpoints.compare import compare
+from fusionreid.engine.checkpoints.retention import Progress
+from fusionreid.sealed import entries, entry, seal
+from fusionreid.weights.checkpoint_files import FORMAT, MANIFEST, CheckpointError, DamagedError
 from tests.numerics import FIXTURES
 
 FILES = (MANIFEST, "model.safetensors", "optimizer.safetensors", "state.json")
@@ -65,7 +68,7 @@ def test_nothing_whole_is_not_a_fresh_start(root: Path) -> None:
 
 
 def test_row_9_another_format_version(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+    monkeypatch.setattr("fusionreid.weights.checkpoint_files.FORMAT", FORMAT + 1)
     with pytest.raises(CheckpointError, match="has checkpoint format 1, this is 2"):
         checkpoint.load(root / "step-00000002")
     with pytest.raises(CheckpointError, match="format 1, this is 2"):  # and is not passed over in silence
@@ -87,10 +90,10 @@ class Bomb:
         return os.system, (f"touch {self.canary}",)
 
 
-def seal(path: Path) -> None:
-    """What a forger does too: a manifest that fits."""
-    files = checkpoint._entries(file for file in path.iterdir() if file.name != MANIFEST)
-    (path / MANIFEST).write_bytes(checkpoint._manifest(checkpoint.FORMAT, files))
+def forge(path: Path) -> None:
+    """Write a manifest that fits, as a forger can too."""
+    files = entries(file for file in path.iterdir() if file.name != MANIFEST)
+    (path / MANIFEST).write_bytes(seal({"format": FORMAT, "files": files}))
 
 
 FORGED = {
@@ -107,7 +110,7 @@ FORGED = {
 def test_row_10_forged_tensors_run_nothing(root: Path, tmp_path: Path, kind: str) -> None:
     path = root / "step-00000002"
     (path / "model.safetensors").write_bytes(FORGED[kind](tmp_path / "canary"))
-    seal(path)
+    forge(path)
     with pytest.raises(CheckpointError, match="no checkpoint although its digests match"):
         checkpoint.load(path)
     assert not (tmp_path / "canary").exists()
@@ -115,20 +118,29 @@ def test_row_10_forged_tensors_run_nothing(root: Path, tmp_path: Path, kind: str
     assert (tmp_path / "canary").exists()  # it would have
 
 
+def manifest_of(files: object) -> bytes:
+    return seal({"format": FORMAT, "files": files})
+
+
 def test_row_10_forged_json_and_names(root: Path) -> None:
     path = root / "step-00000002"
     (path / "state.json").write_text("[" * 200_000)
-    seal(path)
+    forge(path)
     with pytest.raises(CheckpointError, match="no checkpoint although"):
         checkpoint.load(path)
     shutil.copy(path / "model.safetensors", root / "outside.safetensors")
-    outside = {"../outside.safetensors": checkpoint._entry(root / "outside.safetensors")}
-    for manifest in (checkpoint._manifest(1, outside), b"[" * 200_000, b"[]", checkpoint._manifest(1, ["a"])):
+    outside = {"../outside.safetensors": entry(root / "outside.safetensors")}
+    for manifest in (manifest_of(outside), b"[" * 200_000, b"[]", manifest_of(["a"])):
         (path / MANIFEST).write_bytes(manifest)
         with pytest.raises(DamagedError):
             checkpoint.verify(path)
+    (path / MANIFEST).unlink()
+    os.mkfifo(path / MANIFEST)  # reading it would wait for ever
+    with pytest.raises(DamagedError, match="not a file"):
+        checkpoint.verify(path)
+    (path / MANIFEST).unlink()
     os.mkfifo(path / "pipe")
-    (path / MANIFEST).write_bytes(checkpoint._manifest(1, {"pipe": {"bytes": 0}}))
+    (path / MANIFEST).write_bytes(manifest_of({"pipe": {"bytes": 0}}))
     with pytest.raises(DamagedError, match="not a file"):
         checkpoint.verify(path)
 
@@ -137,12 +149,29 @@ def test_row_11_what_does_not_fit_is_tabled() -> None:
     ours = {"classifier.weight": torch.zeros(751, 8), "bn.bias": torch.zeros(8), "new": torch.zeros(1), "classes": 751}
     theirs = {"classifier.weight": torch.zeros(1041, 8), "bn.bias": torch.zeros(8).half(), "classes": 1041, "old": 1}
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.compare("the model", ours, theirs)
+        compare("the model", ours, theirs)
     rows = [[cell.strip() for cell in line.split("  ") if cell] for line in str(caught.value).splitlines()]
     assert ["classifier.weight", "float32 [751, 8]", "float32 [1041, 8]"] in rows
     assert ["bn.bias", "float32 [8]", "float16 [8]"] in rows
     assert ["new", "float32 [1]", "absent"] in rows
     assert ["old", "absent", "1"] in rows
     with pytest.raises(CheckpointError, match=r"and 10 more\n"):
-        checkpoint.compare("the model", dict.fromkeys(map(str, range(30)), 1), {})
-    checkpoint.compare("the model", ours, dict(reversed(ours.items())))
+        compare("the model", dict.fromkeys(map(str, range(30)), 1), {})
+    compare("the model", ours, dict(reversed(ours.items())))
+
+
+def test_every_flipped_bit_of_the_record_of_evaluations_is_found(tmp_path: Path) -> None:
+    checkpoint.write_progress(tmp_path, Progress(evaluated=30, best=20, score=0.75))
+    assert checkpoint.read_progress(tmp_path) == Progress(30, 20, 0.75)
+    mark = tmp_path / checkpoint.BEST
+    whole = mark.read_bytes()
+    for i in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[i // 8] ^= 1 << i % 8
+        mark.write_bytes(data)
+        with pytest.raises(CheckpointError, match=r"best\.json is damaged .*: remove it"):
+            checkpoint.read_progress(tmp_path)
+    for cut in range(len(whole)):
+        mark.write_bytes(whole[:cut])
+        with pytest.raises(CheckpointError, match="is damaged"):
+            checkpoint.best(tmp_path)

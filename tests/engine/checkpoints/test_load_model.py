@@ -8,6 +8,7 @@ import torch
 from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.checkpoints.checkpoint import CheckpointError
 from fusionreid.engine.checkpoints.load_model import find_checkpoint
+from fusionreid.engine.checkpoints.retention import Progress
 from fusionreid.engine.config import Config, load_config
 from tests.runs import arguments
 
@@ -24,7 +25,7 @@ def test_newest_unless_the_best_or_another_is_asked_for(tmp_path: Path) -> None:
     saved = [checkpoint.save(folder, step, {"model": {"w": torch.zeros(1)}}, {}) for step in (1, 2)]
     with pytest.raises(CheckpointError, match=r"no checkpoint .* has been evaluated"):
         find_checkpoint(asked(tmp_path, "best"))
-    checkpoint.mark_best(folder, 1, 0.5)
+    checkpoint.write_progress(folder, Progress(2, best=1, score=0.5))
     assert find_checkpoint(asked(tmp_path, "")) == saved[1]
     assert find_checkpoint(asked(tmp_path, "best")) == saved[0]
     assert find_checkpoint(asked(tmp_path, "elsewhere.pth")) == Path("elsewhere.pth")

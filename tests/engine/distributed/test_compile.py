@@ -71,8 +71,8 @@ def test_auto_compiles_nothing_on_a_cpu_and_blocks_is_all_that_is_heavy() -> Non
     ranks = parallel.start("cpu")
     assert compiled_parts(parallel.shard(model(), ranks, ParallelConfig())) == set()
     found = compiled_parts(parallel.shard(model(), ranks, ParallelConfig(COMPILE="blocks")))
-    assert {"FSDPBlock", "FSDPHTMLayer", "LRU", "GeM"} <= found
-    assert compiled_parts(parallel.shard(model(), ranks, ParallelConfig(COMPILE="whole"))) == {"FSDPFusionReID"}
+    assert {"Block", "HTMLayer", "LRU", "GeM"} <= found
+    assert compiled_parts(parallel.shard(model(), ranks, ParallelConfig(COMPILE="whole"))) == {"FusionReID"}
 
 
 def test_blocks_are_the_outermost_ones() -> None:

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+from fusionreid.engine.config import ParallelConfig
 from fusionreid.engine.distributed import parallel
 
 
@@ -41,3 +43,17 @@ def test_half_of_what_a_launcher_sets_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(parallel.DeviceError, match="WORLD_SIZE is set and RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
         parallel.start("cpu")
+
+
+@pytest.mark.parametrize(("device", "layout"), [("cuda", torch.channels_last), ("cpu", torch.contiguous_format)])
+def test_one_process_keeps_convolutions_as_its_device_likes_them(device: str, layout: torch.memory_format) -> None:
+    ranks = parallel.Ranks(0, 1, torch.device(device), None)
+    conv = parallel.shard(nn.Conv2d(8, 4, 3), ranks)
+    assert conv.weight.is_contiguous(memory_format=layout)
+
+
+def test_exact_by_default_means_above_one_process() -> None:
+    one, two = (parallel.Ranks(0, count, torch.device("cpu"), None) for count in (1, 2))
+    for value, expected in (("auto", [False, True]), (True, [False, True]), (False, [False, False])):
+        assert [parallel.is_exact(ParallelConfig(EXACT=value), ranks) for ranks in (one, two)] == expected
+    assert ParallelConfig().EXACT == "auto"

@@ -1,24 +1,28 @@
-"""Evaluation, embedding and search through their doors: files, ranking again, two processes, other data, bad input."""
+"""Evaluation, embedding and search by their commands: files, ranking again, two processes, other data, bad input."""
 
 import json
 import re
-import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from fusionreid.dataloading import read_split
 from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.checkpoints.load_model import build
-from fusionreid.engine.command import lock
 from fusionreid.engine.config import load_config
 from fusionreid.engine.embed import main as embed
 from fusionreid.engine.evaluate import main as evaluate
 from fusionreid.engine.evaluation import embeddings
 from fusionreid.engine.search import main as search
+from fusionreid.engine.storage import lock
+from tests import ROOT
 from tests.runs import arguments, command, finish
 
 ASKED = {"TEST__RE_RANKING": "yes", "TEST__QUERY_EXPANSION": 3, "TEST__DETAILS": "yes"}
@@ -64,6 +68,79 @@ def test_two_processes_find_what_one_finds(data: Path, weights: Path, evaluated:
     assert results(tmp_path)["results"].keys() == {"FusionReID", "expanded queries", "re-ranked"}
     for name, expected in results(evaluated)["results"].items():
         assert results(tmp_path)["results"][name]["mAP"] == pytest.approx(expected["mAP"], abs=1e-3)
+    for name in ("camera_pairs", "thresholds", "single_gallery_shot", "multi_query"):
+        assert_nearly_equal(results(tmp_path)[name], results(evaluated)[name])
+
+
+def assert_nearly_equal(ours: Any, theirs: Any) -> None:
+    """Numbers in nested lists and dictionaries."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        ours, theirs = list(ours.values()), list(theirs.values())
+    if isinstance(theirs, list):
+        for a, b in zip(ours, theirs, strict=True):
+            assert_nearly_equal(a, b)
+    else:
+        assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+def test_results_are_written_before_the_details_which_may_fail(
+    data: Path, evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("fusionreid.engine.reporting.evaluate_run.details", fail)
+    argv = arguments(data, tmp_path, TEST__EMBEDDINGS=evaluated / "embeddings", **ASKED)
+    assert evaluate(argv) == 6
+    assert results(tmp_path)["results"] == results(evaluated)["results"]
+    assert "thresholds" not in results(tmp_path)
+
+
+def test_a_compiled_evaluation_finds_the_same_and_still_draws_its_maps(
+    data: Path, weights: Path, evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+
+    def compile_module(module: nn.Module, **options: Any) -> None:
+        compiled.append(module)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager", **options)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_module)
+    torch._dynamo.reset()
+    assert evaluate(arguments(data, tmp_path, TEST__WEIGHT=weights, PARALLEL__COMPILE="blocks")) == 0
+    assert compiled
+    one, two = (embeddings.load(folder / "embeddings") for folder in (evaluated, tmp_path))
+    torch.testing.assert_close(one.features, two.features, rtol=0, atol=1e-6)
+    with Image.open(evaluated / "attention.png") as eager, Image.open(tmp_path / "attention.png") as ours:
+        np.testing.assert_allclose(np.asarray(ours), np.asarray(eager), atol=2)
+
+
+def test_only_the_first_process_opens_images_to_look_at_them(data: Path, weights: Path, tmp_path: Path) -> None:
+    """Each of sixty-four would else read header and end of all."""
+    (tmp_path / "images").mkdir()
+    for i in range(5):
+        Image.new("RGB", (16, 32), (40 * i,) * 3).save(tmp_path / "images" / f"{i}.png")
+    script = tmp_path / "looking.py"
+    script.write_text(f"""
+import os, sys
+sys.path[0] = {str(ROOT)!r}
+from fusionreid.dataloading import bad_images
+from fusionreid.engine.embed import main
+look = bad_images.inspect_file
+def looked(path):
+    open({str(tmp_path)!r} + "/looked-" + os.environ["RANK"], "a").write(path)
+    return look(path)
+bad_images.inspect_file = looked
+sys.exit(main())
+""")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    argv = ["--images", str(tmp_path / "images"), "--output", str(tmp_path / "stored")]
+    subprocess.run([sys.executable, *launcher, *argv, *arguments(data, tmp_path, TEST__WEIGHT=weights)], check=True)
+    assert sorted(path.name for path in tmp_path.glob("looked-*")) == ["looked-0"]
+    names = ["features-00000-of-00002.npy", "features-00001-of-00002.npy", "index.json"]
+    assert sorted(path.name for path in (tmp_path / "stored").iterdir()) == names
+    assert len(embeddings.load(tmp_path / "stored").features) == 5
 
 
 def test_stored_embeddings_are_ranked_again_to_the_same_numbers(data: Path, evaluated: Path, tmp_path: Path) -> None:
@@ -136,8 +213,7 @@ def test_bad_embeddings_are_named(
     whole = embeddings.load(evaluated / "embeddings")
 
     def stored(name: str, features: torch.Tensor, num_query: int = whole.num_query) -> Path:
-        embeddings.draft(tmp_path / name, *features.shape, create=True).copy_(features)
-        embeddings.finish(tmp_path / name, features, whole.records, num_query, {})
+        embeddings.save(tmp_path / name, features, whole.records, num_query, {})
         return tmp_path / name
 
     broken = whole.features.clone()
@@ -155,31 +231,6 @@ def test_bad_embeddings_are_named(
     assert "features 7 wide, the gallery" in capfd.readouterr().err
     assert embed(["--images", str(narrow), "--output", str(tmp_path / "x"), *arguments(data, tmp_path)]) == 2
     assert "holds no images" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"queries": -3}, {"queries": "8"}, {"queries": 999}, {"source": None}, {"persons": ["1"]}, {"paths": [1]}],
-)
-def test_an_index_that_was_edited_is_not_followed(evaluated: Path, tmp_path: Path, wrong: dict) -> None:
-    shutil.copytree(evaluated / "embeddings", tmp_path / "edited")
-    index = json.loads((tmp_path / "edited/index.json").read_text())
-    wrong = {key: value * index["rows"] if isinstance(value, list) else value for key, value in wrong.items()}
-    (tmp_path / "edited/index.json").write_text(json.dumps({**index, **wrong}))
-    with pytest.raises(embeddings.EmbeddingsError, match="holds no whole embeddings"):
-        embeddings.load(tmp_path / "edited")
-
-
-def test_embeddings_are_replaced_whole(evaluated: Path, tmp_path: Path) -> None:
-    whole, folder = embeddings.load(evaluated / "embeddings"), tmp_path / "kept"
-    for factor in (1, 2):
-        rows = embeddings.draft(folder, *whole.features.shape, create=True)
-        rows.copy_(factor * whole.features)
-        if factor == 2:
-            assert torch.equal(embeddings.load(folder).features, whole.features)
-        embeddings.finish(folder, rows, whole.records, whole.num_query, whole.source)
-    assert torch.equal(embeddings.load(folder).features, 2 * whole.features)
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 @pytest.mark.parametrize("what", ["folder", "file"])

@@ -1,5 +1,8 @@
 """Every measure against a loop over all pairs, all draws or all cameras."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -19,7 +22,7 @@ from fusionreid.engine.evaluation.measures import (
     pool_queries,
     single_gallery_shot,
 )
-from fusionreid.engine.evaluation.retrieval import RetrievalError, rank
+from fusionreid.engine.evaluation.retrieval import Gather, Ranking, RetrievalError, rank, rows_of_share
 from tests.kernels.test_ranking import made_up, made_up_ids
 from tests.numerics import assert_close
 
@@ -32,13 +35,17 @@ def case(num_query: int, num_gallery: int, persons: int, cameras: int, seed: int
 def test_distance_blocks_are_those_of_the_features() -> None:
     query, gallery, _ = case(300, 20, 3, 2, 0)
     blocks = list(distance_blocks(query, gallery))
-    assert len(blocks) == 2
+    assert len(blocks) > 1
     assert_close("distances", torch.cat(blocks), torch.cdist(query.double(), gallery.double()).square(), 1e-5)
+
+
+def by_distance(query: Tensor, gallery: Tensor, ids: tuple[Tensor, ...]) -> Ranking:
+    return rank(query, gallery, *ids, metric="euclidean", max_rank=1)
 
 
 def test_camera_pairs_are_rankings_of_subsets() -> None:
     query, gallery, ids = case(30, 60, 5, 3, 1)
-    pairs = {(p.query, p.gallery): p for p in camera_pairs(query, gallery, ids, metric="euclidean")}
+    pairs = {(p.query, p.gallery): p for p in camera_pairs(query, gallery, ids, by_distance)}
     assert pairs.keys() == {(a, b) for a, b in product(range(3), repeat=2) if a != b}
     for (a, b), pair in pairs.items():
         precisions, firsts = [], []
@@ -96,6 +103,58 @@ def test_single_gallery_shot_is_the_mean_over_all_draws(num_gallery: int, person
     else:
         cmc = single_gallery_shot(distances.split(2), ids, max_rank=5)
         np.testing.assert_allclose(cmc.numpy(), np.mean(curves, 0), atol=1e-12)
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 999))
+def test_single_gallery_shot_of_many_persons_is_an_exact_expectation(seed: int) -> None:
+    """Far more persons than ranks, so that matches far behind are left out; with ties."""
+    generator = torch.Generator().manual_seed(seed)
+    persons, num_gallery = 400, 1500
+    draw = partial(torch.randint, 0, generator=generator)
+    ids = draw(persons, (5,)), draw(persons, (num_gallery,)), draw(3, (5,)), draw(3, (num_gallery,))
+    distances = torch.randint(-300, 900, (5, num_gallery), generator=generator) / 64
+    curves = []
+    for row, person, camera in zip(distances, ids[0], ids[2]):
+        matches = ((ids[1] == person) & (ids[3] != camera)).nonzero().flatten()
+        number = torch.bincount(ids[1], minlength=persons)
+        for match in matches:
+            nearer = (row < row[match]) | ((row == row[match]) & (torch.arange(num_gallery) < match))
+            share = torch.bincount(ids[1][nearer], minlength=persons).double() / number.clamp_min(1)
+            share[person] = 0
+            chance = np.ones(1)
+            for p in share.tolist():
+                chance = np.convolve(chance, [1 - p, p])
+            curves.append(chance[:10].cumsum() / len(matches))
+    valid = sum(bool(((ids[1] == person) & (ids[3] != camera)).any()) for person, camera in zip(ids[0], ids[2]))
+    cmc = single_gallery_shot(distances.split(2), ids, max_rank=10)
+    np.testing.assert_allclose(cmc.numpy(), np.sum(curves, 0) / valid, atol=1e-12)
+
+
+@pytest.mark.parametrize("shares", [2, 9])
+def test_shares_of_the_queries_have_the_measures_of_all(shares: int) -> None:
+    """Threads stand for processes; of nine, two have none of the seven queries."""
+    query, gallery, ids = case(7, 40, 4, 3, 6)
+    barrier, given = threading.Barrier(shares), [torch.empty(0)] * shares
+
+    def gather(rows: Tensor, index: int) -> Tensor:
+        given[index] = rows
+        barrier.wait()
+        whole = torch.cat(given)
+        barrier.wait()
+        return whole
+
+    def measure(index: int, shares: int, gather: Gather) -> list[float]:
+        rows = rows_of_share(7, (index, shares))
+        own, own_ids = query[rows], (ids[0][rows], ids[1], ids[2][rows], ids[3])
+        points = operating_points(distance_blocks(own, gallery), own_ids, [0.1, 0.3], gather=gather)
+        shot = single_gallery_shot(distance_blocks(own, gallery), own_ids, gather=gather)
+        return [*(value for point in points for value in point), *shot.tolist()]
+
+    expected = measure(0, 1, lambda rows: rows)
+    with ThreadPoolExecutor(shares) as pool:
+        for found in pool.map(lambda i: measure(i, shares, partial(gather, index=i)), range(shares)):
+            assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_pooled_queries_are_means_of_a_person_in_a_camera() -> None:

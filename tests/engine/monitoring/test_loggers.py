@@ -1,4 +1,4 @@
-"""Boards get every number of a log; trackers are named by package, and one that fails or is absent says so."""
+"""Loggers get every number of a log; trackers are named by package, and one that fails or is absent says so."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fusionreid.engine.config import SolverConfig
-from fusionreid.engine.monitoring.loggers import MissingBoardError, boards, check_boards
+from fusionreid.engine.monitoring.loggers import MissingLoggerError, check_loggers, logger_factories
 from fusionreid.engine.monitoring.metrics import Metrics
 
 STUB = """
@@ -42,9 +42,10 @@ def calls(folder: Path, name: str) -> list[list[object]]:
 
 def test_trackers_get_what_the_log_has(tmp_path: Path, trackers: Path) -> None:
     names = ("wandb", "trackio", "tensorboard")
-    check_boards(names)
+    check_loggers(names)
     output = tmp_path / "duke"
-    log = Metrics(output, total_steps=9, start_step=3, boards=boards(names, output, 3, "0a1b", {"EPOCHS": 2}))
+    factories = logger_factories(names, output, 3, "0a1b", {"EPOCHS": 2})
+    log = Metrics(output, total_steps=9, start_step=3, loggers=factories)
     log.log(4, loss=0.5, identity=1.5)
     log.close()
     options = {"project": "fusionreid", "name": "duke-0a1b", "config": {"EPOCHS": 2}, "resume": "allow"}
@@ -56,7 +57,7 @@ def test_trackers_get_what_the_log_has(tmp_path: Path, trackers: Path) -> None:
 
 def test_row_40_a_tracker_that_is_offline_costs_its_own_curves_alone(tmp_path: Path, trackers: Path, caplog) -> None:
     (trackers / "wandb.py").write_text("def init(**_): raise ConnectionError('no route')")
-    log = Metrics(tmp_path, total_steps=9, boards=boards(("wandb", "trackio"), tmp_path, 0, "0a1b", {}))
+    log = Metrics(tmp_path, total_steps=9, loggers=logger_factories(("wandb", "trackio"), tmp_path, 0, "0a1b", {}))
     for step in (1, 2):
         log.log(step, loss=0.5)
     log.close()
@@ -70,10 +71,10 @@ def test_a_package_that_is_not_installed_is_an_error_and_a_folder_of_its_name_is
     (tmp_path / "trackio").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("sys.path", [str(tmp_path)])
-    with pytest.raises(MissingBoardError, match="names trackio, which is not installed: pip install trackio") as caught:
-        check_boards(("trackio",))
+    with pytest.raises(MissingLoggerError, match="names trackio, which is not installed: pip install") as caught:
+        check_loggers(("trackio",))
     assert caught.value.exit_code == 2
-    check_boards(())
+    check_loggers(())
 
 
 @pytest.mark.parametrize(("written", "read"), [

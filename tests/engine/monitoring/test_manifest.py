@@ -36,7 +36,7 @@ def test_everything_a_run_was_made_from(tmp_path: Path, split: Split) -> None:
     assert note == ""
     found = read(tmp_path)
     assert found.keys() == {"run", "started", "step", "commit", "versions", "precision", "device", "ranks", "data",
-                            "config", "earlier"}  # fmt: skip
+                            "numerics", "config", "earlier"}  # fmt: skip
     assert (found["run"], found["ranks"], found["precision"], found["earlier"]) == (run, 2, "fp32", [])
     assert Config.from_dict(found["config"]) == cfg
     assert found["versions"]["torch"] == torch.__version__
@@ -110,8 +110,7 @@ def test_a_damaged_manifest_is_written_anew(tmp_path: Path, split: Split, caplog
     assert "cannot be read" in caplog.text
 
 
-def test_row_40_a_full_disk_costs_the_manifest_alone(tmp_path: Path, split: Split, caplog) -> None:
-    (tmp_path / ".manifest.json.new").symlink_to("/dev/full")
+def test_a_full_disk_costs_the_manifest_alone(tmp_path: Path, split: Split, caplog, full_disk: None) -> None:
     record(tmp_path, Config(), split, CPU, ranks=1, step=0)
     assert "was not written: [Errno 28]" in caplog.text
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from fusionreid.engine.config import Config
+from fusionreid.engine.embed import main as embed
+from fusionreid.engine.evaluate import main as evaluate
 from fusionreid.engine.monitoring import memory
 from fusionreid.engine.monitoring.memory import fitting_batch, ran_out
 from fusionreid.engine.train import main as train
@@ -54,7 +56,7 @@ def test_what_is_about_memory_and_what_is_not() -> None:
 def test_peak_and_what_is_held_follow_what_is_allocated() -> None:
     script = """
 import torch
-from engine import memory
+from fusionreid.engine.monitoring import memory
 before = memory.held()
 block = torch.ones(64 * 2**20 // 4)
 assert memory.held() - before > 60 * 2**20
@@ -92,7 +94,7 @@ def test_row_32_a_step_that_does_not_fit(
 
 
 def test_an_evaluation_that_does_not_fit_speaks_of_its_own_batch(tmp_path: Path, monkeypatch, capfd) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr("fusionreid.engine.training.trainer.evaluate", fail)
@@ -100,6 +102,20 @@ def test_an_evaluation_that_does_not_fit_speaks_of_its_own_batch(tmp_path: Path,
     reason = capfd.readouterr().err
     assert "evaluating with TEST.IMS_PER_BATCH 128: try 64" in reason
     assert "training with" not in reason
+
+
+def test_evaluate_and_embed_speak_of_their_batch_alone(tmp_path: Path, monkeypatch, capfd) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1073741824 bytes")
+
+    monkeypatch.setattr("fusionreid.engine.reporting.evaluate_run.evaluate_checkpoint", fail)
+    monkeypatch.setattr("fusionreid.engine.evaluation.extract.embed_to_folder", fail)
+    folders = ["--images", "x", "--output", str(tmp_path / "y")]
+    for main, more in ((evaluate, []), (embed, folders)):
+        assert main([*arguments(tmp_path, tmp_path / "out"), *more]) == 6
+        reason = capfd.readouterr().err
+        assert "evaluating with TEST.IMS_PER_BATCH 128: try 64" in reason
+        assert "training with" not in reason
 
 
 @pytest.mark.parametrize(("error", "place"), [
@@ -115,7 +131,7 @@ def test_beside_a_gpu_the_host_has_remedies_of_its_own(monkeypatch, error: Excep
         memory_reserved = staticmethod(lambda: 75 * GIB)
 
     monkeypatch.setattr(memory, "_cuda", Device)
-    text = memory.advice(error, config(128, instances=4), loaded=10 * GIB, finished_steps=3)
+    text = memory.advice(error, config(128, instances=4), phase="training", loaded=10 * GIB, finished_steps=3)
     assert text.startswith(f"out of {place} memory")
     assert ("NUM_WORKERS" in text) == (place == "host")
     if place == "GPU":  # nine tenths of a batch that did not fit by little
@@ -131,7 +147,7 @@ def test_a_record_that_is_broken_off_says_what_it_ran_out_of() -> None:
             raise RuntimeError("CUDA error: capturing stream has unjoined work")
     except RuntimeError as error:
         with pytest.raises(memory.OutOfMemory, match=r"2\.00 GiB more were asked for; training with .* try 16, by"):
-            memory.explain(error, config(32, instances=4), 0, 0)
+            memory.explain(error, "training", config(32, instances=4))
 
 
 def test_it_loads_without_torch() -> None:

@@ -63,7 +63,7 @@ def test_speed_waiting_and_pauses(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(metrics.memory, "peak", lambda: 3 * 2**30)
     log = Metrics(tmp_path, total_steps=8, peak_images_per_s=80.0)
-    for step, _ in enumerate(log.watch(batches()), 1):
+    for step, _ in enumerate(log.timed(batches()), 1):
         clock[0] += 1.5
         log.progress(step, images=64)
     with log.paused():
@@ -138,7 +138,7 @@ def test_row_40_nothing_that_a_log_meets_ends_a_training(tmp_path: Path, monkeyp
 
 def test_row_40_a_board_that_fails_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = Metrics(tmp_path, total_steps=3)
-    monkeypatch.setattr(log._boards["tensorboard"], "draw", lambda *_: 1 / 0)
+    monkeypatch.setattr(log._loggers["tensorboard"], "log", lambda *_: 1 / 0)
     for step in (1, 2):
         log.log(step, loss=1.0)
     log.close()
@@ -146,7 +146,7 @@ def test_row_40_a_board_that_fails_later(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_what_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
-    log = Metrics(tmp_path, total_steps=3, boards={})
+    log = Metrics(tmp_path, total_steps=3, loggers={})
     values = log.log(1, loss=torch.tensor(torch.nan), triplet=torch.tensor([1.0, torch.inf]))
     assert values["triplet"] == [1.0, torch.inf]
     (line,) = lines(tmp_path)
@@ -161,7 +161,7 @@ def test_the_first_step_says_where_the_time_went_once(tmp_path: Path, monkeypatc
     for name, seconds in (("data set", 4.0), ("model", 3.1)):
         clock[0] += seconds
         startup.lap(name)
-    log = Metrics(tmp_path, total_steps=3, boards={}, startup=startup)
+    log = Metrics(tmp_path, total_steps=3, loggers={}, startup=startup)
     clock[0] += 5.2
     log.progress(1, 64)
     log.progress(2, 64)
@@ -205,7 +205,7 @@ def test_row_40_plain_letters_and_a_narrow_terminal(tmp_path: Path, monkeypatch:
 
 
 def test_row_40_a_run_without_end_is_logged(tmp_path: Path) -> None:
-    log = Metrics(tmp_path, total_steps=10**18, boards={})
+    log = Metrics(tmp_path, total_steps=10**18, loggers={})
     time.sleep(0.001)
     log.log(1, loss=1.0)
     assert [line["step"] for line in lines(tmp_path)] == [1]

@@ -1,4 +1,4 @@
-"""One run through its door: what its console, its log, its folder say about it."""
+"""One run by its command: what its console, its log, its folder say about it."""
 
 import json
 import re
@@ -18,6 +18,7 @@ def test_what_a_run_says_about_itself(tmp_path: Path, capsys: pytest.CaptureFixt
     laps = ", ".join(f"{seconds} {name}" for name in ("imports", "data set", "model", "resuming", "images", "logs"))
     assert len(re.findall(rf"^first step after {seconds}: {laps}, {seconds} step$", out, re.MULTILINE)) == 1
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert "eval/mAP" in lines.pop()
     for line in lines:
         assert (len(line["identity"]), len(line["triplet"])) == (6, 6)  # heads
         assert line["gradient_norm"] > 0
@@ -29,5 +30,5 @@ def test_what_a_run_says_about_itself(tmp_path: Path, capsys: pytest.CaptureFixt
                         out.splitlines()[-1])  # fmt: skip
     assert "gradient_norm " in out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "checkpoints", "exit.json", ".lock", "manifest.json", "metrics.jsonl", "profile-11-11.json.gz"
+        "checkpoints", "exit.json", ".lock", "log.txt", "manifest.json", "metrics.jsonl", "profile-11-11.json.gz"
     }  # fmt: skip

@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from fusionreid.engine.monitoring.metrics import Metrics
-from fusionreid.engine.monitoring.profiler import WARM_UP, Trace
+from fusionreid.engine.monitoring.profiler import WARM_UP, Profiler
 
 
 def run(folder: Path, steps: int, profiled: int, first: int = 1, enabled: bool = True) -> None:
     """Steps that each multiply once."""
-    metrics = Metrics(folder, total_steps=steps, enabled=enabled, boards={})
-    trace = Trace(folder, profiled, metrics)
+    metrics = Metrics(folder, total_steps=steps, enabled=enabled, loggers={})
+    profiler = Profiler(folder, profiled, metrics)
     matrix = torch.ones(8, 8)
     for number in range(first, first + steps):
         torch.mm(matrix, matrix)
-        trace.step(number)
-    trace.close(first + steps - 1)
+        profiler.step(number)
+    profiler.close(first + steps - 1)
     metrics.close()
 
 

@@ -12,7 +12,7 @@ from fusionreid.engine.checkpoints.load_model import build
 from fusionreid.engine.config import Config, load_config
 from fusionreid.engine.distributed import parallel
 from fusionreid.engine.reporting.attention import DARKEST, LABEL, attention_maps, attention_sheet
-from fusionreid.engine.reporting.html import GAP, MARGIN, THUMBNAIL
+from fusionreid.engine.reporting.rank_lists import GAP, MARGIN, THUMBNAIL
 from fusionreid.kernels import ClassStream, dual_cross_attention
 from fusionreid.kernels.reference import class_attention_weights
 from tests.runs import arguments

@@ -1,5 +1,6 @@
 """A step as a CUDA graph: what is recorded and when, what refuses to be, and on a GPU that nobody can tell."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -97,7 +98,7 @@ def trained(graph: bool, compiled: str, precision: str) -> TrainStep:
     for number in range(8):
         given = Batch(*(t.to(ranks.device) for t in vars(batch(number, ALL, torch.float32)).values()))
         if number == 5:
-            with step.average.shown(), torch.no_grad():
+            with step.ema.applied(), torch.no_grad():
                 model.eval()(given.images[:2], given.cameras[:2])
             parallel.reshard(model.train())
             step.optimizer.set_epoch(8)
@@ -112,5 +113,5 @@ def test_a_replayed_step_is_the_step_bit_by_bit(compiled: str, precision: str) -
     assert_same(again, plain, 0.0)  # else the next line says nothing about graphs
     assert graphed._work.calls == 8
     assert_same(graphed, plain, 0.0)
-    assert all(map(torch.equal, graphed.average.state().values(), plain.average.state().values()))
-    assert plain.sums.isfinite().all()
+    assert all(map(torch.equal, graphed.ema.state().values(), plain.ema.state().values()))
+    assert math.isfinite(plain.read().loss)

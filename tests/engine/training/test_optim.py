@@ -128,3 +128,17 @@ def test_clipping_bounds_the_gradient(ranks: parallel.Ranks) -> None:
     optimizer.step(torch.zeros(()))
     moved = torch.cat([parallel.full_tensor(p).flatten() for p in model.parameters()]) - before
     assert moved.norm().item() <= 0.2 * 1e-3 * 1.001
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_restored_state_lies_in_memory_as_its_weight_does(ranks: parallel.Ranks, kind: str) -> None:
+    """A checkpoint's tensors are contiguous; a fused step reads the weight and its state in the same order."""
+    conv = nn.Conv2d(4, 4, 3, bias=False).to(memory_format=torch.channels_last)
+    optimizer = Optimizer(parallel.shard(conv, ranks), solver(OPTIMIZER_NAME=kind), CPU)
+    names = ["momentum_buffer"] if kind == "SGD" else ["exp_avg", "exp_avg_sq"]
+    saved = {f"weight/{name}": torch.rand(4, 4, 3, 3) for name in names}
+    optimizer.load(saved | ({"weight/step": torch.tensor(3.0)} if kind == "AdamW" else {}))
+    for entry, value in saved.items():
+        own = optimizer.state()[entry]
+        assert own.stride() == optimizer.shards["weight"].stride()
+        assert torch.equal(own, value)

@@ -1,5 +1,6 @@
 """The training step: chunks, the moving average, what a CUDA graph needs of it, and what it may not do."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -29,7 +30,7 @@ def make(dtype: torch.dtype = torch.float64, **solver: object) -> TrainStep:
 
 def state(step: TrainStep) -> dict[str, Tensor]:
     entries = {name: parallel.local_shard(t).detach() for name, t in step.model.state_dict().items()}
-    return entries | step.optimizer.state() | {"sums": step.sums, "bad_step": step.bad_step}
+    return entries | step.optimizer.state() | {"sums": step._sums, "bad_step": step.bad_step}
 
 
 def assert_same(ours: TrainStep, theirs: TrainStep, relative: float) -> None:
@@ -78,23 +79,23 @@ def test_a_chunk_without_two_images_is_refused() -> None:
 
 def test_the_average_follows_and_training_does_not_notice() -> None:
     step, plain = make(EMA=0.75), make()
-    expected = {name: t.clone() for name, t in step.average.state().items()}
+    expected = {name: t.clone() for name, t in step.ema.state().items()}
     for number in range(3):
         for each in (step, plain):
             each(batch(number, ALL, torch.float64), number)
         weights = {name: parallel.full_tensor(t) for name, t in step.model.state_dict().items()}
         expected = {name: 0.75 * t + 0.25 * weights[name] for name, t in expected.items()}
-        with step.average.shown(), torch.no_grad():
+        with step.ema.applied(), torch.no_grad():
             step.model.eval()(batch(9, ALL, torch.float64).images[:2], torch.zeros(2, dtype=torch.int64))
         parallel.reshard(step.model.train())
-        with step.average.shown():
+        with step.ema.applied():
             shown = {name: parallel.full_tensor(t).clone() for name, t in step.model.state_dict().items()}
         for name, t in expected.items():
             assert_close(name, shown[name], t, 1e-12)
     fresh = make(EMA=0.75)
-    fresh.average.load(step.average.state())
-    for name, t in fresh.average.state().items():
-        assert torch.equal(t, step.average.state()[name])
+    fresh.ema.load(step.ema.state())
+    for name, t in fresh.ema.state().items():
+        assert torch.equal(t, step.ema.state()[name])
     assert_same(step, plain, 0.0)
 
 
@@ -139,18 +140,18 @@ def test_copied_inputs_replay_the_same_steps() -> None:
         static.number.fill_(number)
         static.update(*places)
     assert_same(static, plain, 0.0)
-    assert plain.sums.isfinite().all()
+    assert math.isfinite(plain.read().loss)
 
 
 def test_a_wish_to_stop_and_a_bad_step_are_reported() -> None:
     step = make(torch.float32)
     step(batch(0, ALL, torch.float32), 0, stop=15)
-    assert step.sums[-1] == 15
+    assert step.read().stop_wanted
     spoiled = batch(1, ALL, torch.float32)
     spoiled.images[3] = torch.nan
     before = {name: parallel.local_shard(t).clone() for name, t in step.model.named_parameters()}
     for number in (7, 8):
         step(spoiled, number)
         spoiled = batch(2, ALL, torch.float32)
-    assert step.bad_step == 7
+    assert step.read().bad_step == 7
     assert all(torch.equal(parallel.local_shard(t), before[name]) for name, t in step.model.named_parameters())

@@ -52,7 +52,7 @@ def test_a_damaged_mark_of_the_best_is_told_at_once(
 
 
 def test_an_overflow_names_its_own_step(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusionreid.engine.training.trainer.SKIPPED_STEPS", 3)
+    monkeypatch.setattr("fusionreid.engine.training.non_finite.SKIPPED_STEPS", 3)
     monkeypatch.setattr("fusionreid.engine.training.optim.LossScaler", partial(LossScaler, init_scale=2.0**100))
     assert train(arguments(root, tmp_path, SOLVER__PRECISION="fp16")) == 5
     found = json.loads((tmp_path / "non_finite.json").read_text())

@@ -1,0 +1,78 @@
+"""Names of persons and cameras: two spellings of one name are found before they split its images."""
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+
+NUMBER = re.compile(r"([+-]?)0*(\d{1,18})(?:[.,]0+)?")
+CAMERA = re.compile(r"(?:c|cam|camera)[ _.-]*(?=\d)")
+NAMED = 10
+
+
+@lru_cache(1 << 16)
+def person_key(name: str) -> str:
+    """Reduce a name to what it means: `0009`, `9` and `9.0` are one person, as are `Anna` and `anna`."""
+    text = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+    number = NUMBER.fullmatch(text)
+    return f"{'-' if number[1] == '-' else ''}{number[2]}" if number else text
+
+
+@lru_cache(1 << 16)
+def camera_key(name: str) -> str:
+    """Reduce a camera's name as `person_key`; `cam1`, `c01` and `1` are one camera."""
+    text = person_key(name)
+    return person_key(CAMERA.sub("", text, count=1)) if CAMERA.match(text) else text
+
+
+def unify(
+    kind: str, places: Iterable[tuple[str, str]], key: Callable[[str], str]
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """Map every name to the spelling that counts, with a line per fault and per warning.
+
+    `places` are (name, part). Spellings that differ in their Unicode form alone, or never occur in the same part, are
+    one name; others in one part may be two, and only their owner knows.
+    """
+    spellings: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
+    for name, part in places:
+        spellings[key(name)][name][part] += 1
+    chosen = {name: next(iter(names)) for names in spellings.values() for name in names}
+    several = [names for names in spellings.values() if len(names) > 1]
+    unclear = [names for names in several if _share_a_part(names)]
+    merged = [names for names in several if not _share_a_part(names)]
+    faults = [
+        f"{len(unclear):,} {kind}s may be spelt in two ways: {_pairs(unclear)}; write each of them in one way, or give "
+        "different ones names that differ in more than zeros, capitals or a prefix"
+    ]
+    warnings = [f"{len(merged):,} {kind}s are spelt in two ways and were taken as one each: {_pairs(merged)}"]
+    return chosen, faults if unclear else [], warnings if merged else []
+
+
+def _share_a_part(names: Mapping[str, Counter[str]]) -> bool:
+    """Tell whether two spellings, Unicode forms aside, occur in one part."""
+    by_form: dict[str, set[str]] = defaultdict(set)
+    for name, parts in names.items():
+        by_form[unicodedata.normalize("NFC", name)] |= parts.keys()
+    return sum(map(len, by_form.values())) > len(set().union(*by_form.values()))
+
+
+def _pairs(several: list[dict[str, Counter[str]]]) -> str:
+    texts = [
+        " = ".join(
+            f"{name!r} ({', '.join(f'{n} in {part}' for part, n in parts.items())})" for name, parts in s.items()
+        )
+        for s in several[:NAMED]
+    ]
+    return "; ".join(texts) + ("; ..." if len(several) > NAMED else "")
+
+
+def numbered(names: Iterable[str], start: int) -> dict[str, int]:
+    """Number names in the order of their value, numbers before all other names."""
+
+    def order(name: str) -> tuple[int, int, str]:
+        key = camera_key(name)
+        number = NUMBER.fullmatch(key)
+        return (0, int(number[1] + number[2]), name) if number else (1, 0, name)
+
+    return {name: number for number, name in enumerate(sorted(set(names), key=order), start)}

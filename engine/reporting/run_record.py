@@ -1,0 +1,130 @@
+"""What a run left in its folder, read back: results, log lines and settings, each checked for its type."""
+
+import logging
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+
+from fusionreid.dataloading.records import DataError
+from fusionreid.engine.config_yaml import flat
+from fusionreid.engine.reporting.charts import Point
+
+log = logging.getLogger(__name__)
+
+# JSON has no word for a number that is not finite: the files of a run say NaN or null.
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+
+
+class FromFile(BaseModel, strict=True, extra="ignore"):
+    """What is read of a JSON file; a wrong type is an error, other keys are left alone."""
+
+
+class Result(FromFile):
+    """How well one way of embedding retrieves; all but the count are fractions."""
+
+    mAP: Number
+    mINP: Number
+    cmc: Annotated[list[Number], Field(min_length=1)]  # at [k - 1]: the share of queries with a match in the first k
+    valid_queries: int
+
+    def rate_at(self, rank: int) -> float:
+        """CMC at a rank; a list shorter than the rank has found all that it will."""
+        return self.cmc[min(rank, len(self.cmc)) - 1]
+
+
+class Counts(FromFile):
+    """The size of one part of a data set."""
+
+    images: int
+    persons: int
+    cameras: int
+
+
+class DataCounts(FromFile):
+    """The sizes of the parts of a data set."""
+
+    train: Counts
+    query: Counts
+    gallery: Counts
+
+
+class Metrics(FromFile):
+    """What the report shows of metrics.json."""
+
+    data: str = ""
+    note: str = ""
+    split: DataCounts | None = None
+    results: dict[str, Result] = {}
+
+
+class Manifest(FromFile):
+    """What the report shows of manifest.json."""
+
+    config: dict[str, Any] = {}
+
+
+class LogLine(FromFile):
+    """What the report shows of a line of metrics.jsonl."""
+
+    epoch: Number = math.nan
+    loss: Number = math.nan
+    mAP: Number = Field(math.nan, alias="eval/mAP")
+    rank1: Number = Field(math.nan, alias="eval/rank1")
+
+
+class RunRecord(NamedTuple):
+    """What a run or an evaluation left in its folder; what is not there is empty."""
+
+    name: str
+    metrics: Metrics
+    lines: list[LogLine]
+    settings: dict[str, Any]  # the configuration in its manifest, dotted keys
+
+    def curve(self, key: str, factor: float = 1.0) -> list[Point]:
+        """Points (epoch, value) of the log lines that have a finite value for this key."""
+        points = [(line.epoch, factor * getattr(line, key)) for line in self.lines]
+        return [point for point in points if all(map(math.isfinite, point))]
+
+
+FileContent = TypeVar("FileContent", bound=FromFile)
+
+
+def read_run(folder: Path, name: str) -> RunRecord:
+    """Read what is in a folder; DataError where that is neither a training nor an evaluation, or is damaged."""
+    metrics, log_lines = folder / "metrics.json", folder / "metrics.jsonl"
+    if not (metrics.is_file() or log_lines.is_file()):
+        raise DataError(f"{folder} holds neither {metrics.name} nor {log_lines.name}: train or evaluate that run first")
+    settings = _read(folder / "manifest.json", Manifest, "remove it to draw the report without it").config
+    results = _read(metrics, Metrics, "evaluate that run again")
+    return RunRecord(name, results, read_log(log_lines) if log_lines.is_file() else [], dict(flat(settings)))
+
+
+def _read(path: Path, content: type[FileContent], remedy: str) -> FileContent:
+    if not path.is_file():
+        return content()
+    try:
+        return content.model_validate_json(path.read_bytes())
+    except ValidationError as invalid:
+        error = invalid.errors(include_url=False)[0]
+        where = ".".join(map(str, error["loc"]))
+        raise DataError(f"{path} is damaged: {where and f'{where}: '}{error['msg']}; {remedy}") from invalid
+
+
+def read_log(path: Path) -> list[LogLine]:
+    """Read log lines; those that are none are counted in a warning, but for the last one of a run that was killed."""
+    texts = path.read_bytes().splitlines()
+    lines = list(_log_lines(texts))
+    if damaged := len(texts) - len(lines) - (bool(texts) and not texts[-1].endswith(b"}")):
+        log.warning("%s: %d of %d lines are damaged and left out", path, damaged, len(texts))
+    return lines
+
+
+def _log_lines(texts: Iterable[bytes]) -> Iterable[LogLine]:
+    for text in texts:
+        try:
+            yield LogLine.model_validate_json(text)
+        except ValidationError:
+            continue

@@ -17,7 +17,7 @@ from bench.builds import Launch
 from bench.timing import TOLERANCE, Case, Settings, Work
 from fusionreid.kernels import batch_hard_triplet, cross_entropy
 
-SOURCES = ("kernels/triplet.py", "kernels/cross_entropy.py")
+SOURCES = ("kernels/triplet.py", "kernels/_triplet_torch.py", "kernels/cross_entropy.py")
 INSTANCES = 16  # images per person
 HEADS = (2048, 768, 768, 768, 768, 768)
 SIZES: dict[str, list[tuple[int, tuple[int, ...]]]] = {  # images, width of every head

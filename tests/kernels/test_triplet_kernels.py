@@ -79,7 +79,7 @@ def test_kernels_are_as_accurate_as_plain_torch(
 @pytest.mark.parametrize("normalize", [False, True])  # True makes copies: only False sees the strides
 def test_kernels_take_heads_of_several_types_and_strides(normalize: bool) -> None:
     persons, upstream = torch.tensor([0, 1, 0, 2, 2, 2, 1, 3]), torch.randn(3)
-    x = [torch.randn(8, 5), torch.randn(8, 2, 6)[:, 0].half(), torch.randn(7, 8).T]
+    x = [torch.randn(8, 5), torch.randn(8, 2, 6).half()[:, 0], torch.randn(7, 8).T]
     _, out = mined_and_gradients(batch_hard_triplet, x, persons, upstream, normalize=normalize)
     _, again = mined_and_gradients(batch_hard_triplet, x, persons, upstream, normalize=normalize)
     assert all(torch.equal(a, b) for a, b in zip(out, again))

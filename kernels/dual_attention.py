@@ -81,7 +81,7 @@ def _attend(name: str, qkv: Tensor, scale: float) -> Tensor:
         return _forward(qkv, scale)[0]
     dtype = qkv.dtype if qkv.is_cuda or HAS_TILES else torch.promote_types(qkv.dtype, torch.float32)
     query, key, value = qkv.to(dtype).permute(2, 0, 3, 1, 4)  # views (B, H, N, D)
-    with torch.autocast(qkv.device.type, enabled=False):
+    with torch.autocast("cuda" if qkv.is_cuda else "cpu", enabled=False):
         y = F.scaled_dot_product_attention(query, key, value, scale=scale)
     return y.transpose(1, 2).flatten(2).to(qkv.dtype)
 

@@ -275,7 +275,7 @@ def backward_kernel(
     delta_ptr = starts_ptr + N
     log2_scale = scale * LOG2_E
     if len(BLOCKS) > 1:
-        for first in tl.range(0, N, ROWS, num_stages=STAGES):
+        for first in tl.range(0, N, ROWS, num_stages=4):
             do = _load(do_ptr, first, N, C, D, ROWS, BLOCK_D, WHOLE)
             s_start, dp_start = _starts(out_ptr, do, lse_ptr, log2_scale, first, N, C, D, ROWS, BLOCK_D, WHOLE)
             token = first + tl.arange(0, ROWS)

@@ -20,7 +20,7 @@ from fusionreid import kernels
 
 # Buffers that programs hand to each other by a counter, `atomic_add` with release and acquire: that order is not
 # modelled. What orders them in the compiled code is checked in test_triplet_counter.py.
-GUARDED = {("triplet.forward_kernel", "state_ptr"), ("triplet.forward_kernel", "terms_ptr")}
+GUARDED = {("triplet.forward_kernel", "state_ptr"), ("triplet.forward_kernel", "pairs_ptr")}
 Launch = tuple[str, str, float]  # kernel, type of the case, seconds
 
 

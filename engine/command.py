@@ -81,6 +81,10 @@ class Outcome:
 
     def at_once(self, number: int) -> None:
         """End here and now: an exception out of the middle of an import would tear torch apart."""
+        if lost := peers.lost_before_signal():  # which is why torchrun ends this process too
+            self.tell_loss(lost)
+            os._exit(peers.PeerError.exit_code)
+        peers.stop(done=True)
         reason = REASONS[128 + number]
         with suppress(OSError):
             os.write(2, f"{reason}\n".encode())
@@ -132,9 +136,9 @@ def run(command: Command, argv: Sequence[str] | None = None, parser: Parser | No
         output = Results(sys.stdout, file if RANK == 0 else None) if sys.stdout else None
         with redirect_stdout(output), redirect_stderr(errors):
             code, reason = _attempt(command, options, outcome, file)
-        peers.stop(done=code == 0)
         _flush()
         outcome.write(code, reason)
+        peers.stop(done=code == 0)
     return code
 
 

@@ -44,7 +44,7 @@ class Watch(threading.Thread):
         super().__init__(name="watch over peers", daemon=True)
         self.store, self.rank, self.world_size = store.clone(), rank, world_size
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
-        self.orphan_since = 0.0
+        self.lost_launcher, self.orphan_since = f"torchrun (process {self.launcher}) has ended", 0.0
         self.next = (rank + 1) % world_size
         self.beat, self.beat_since = -1, monotonic()
         self.failures = 0  # of the store, in a row
@@ -56,10 +56,6 @@ class Watch(threading.Thread):
     def orphaned(self) -> bool:
         """Whether the launcher has ended, and with it perhaps the store."""
         return bool(self.launcher) and os.getppid() != self.launcher
-
-    @property
-    def _lost_launcher(self) -> str:
-        return f"torchrun (process {self.launcher}) has ended"
 
     def run(self) -> None:
         """Look every `INTERVAL_S` until `ended` is set."""
@@ -94,7 +90,7 @@ class Watch(threading.Thread):
         try:
             others = [rank for rank in range(self.world_size) if rank != self.rank]
             before, since = {rank: self.store.add(f"beat/{rank}", 0) for rank in others}, monotonic()
-            while monotonic() - since < limit_s:
+            while True:
                 self.store.add(f"beat/{self.rank}", 1)
                 if self.store.check(["lost"]):
                     return self.store.get("lost").decode()
@@ -102,10 +98,11 @@ class Watch(threading.Thread):
                     silent = self.store.add(f"beat/{rank}", 0) == before[rank] and monotonic() - since > 4 * INTERVAL_S
                     if (self._is_gone(rank) or silent) and not self.store.check([f"left/{rank}"]):
                         return self._lose(rank)
+                if monotonic() - since > limit_s:
+                    return ""
                 sleep(0.1)
-            return ""
         except RuntimeError:
-            return self._lost_launcher if self.orphaned else LOST_STORE
+            return self.lost_launcher if self.orphaned else LOST_STORE
 
     def _look(self) -> str:
         """Count, and say which process is lost, if one is."""
@@ -137,7 +134,6 @@ class Watch(threading.Thread):
         return host, "has ended" if letter in "ZX" else "hangs"
 
     def _is_gone(self, rank: int) -> bool:
-        """Whether a process of this host has ended; of another host only its silence tells."""
         return self._state(rank)[1] == "has ended"
 
     def _lose(self, rank: int) -> str:
@@ -151,10 +147,10 @@ class Watch(threading.Thread):
         """Ask this process to save and end, and end it if it does not."""
         if not self.orphan_since:
             self.orphan_since = monotonic()
-            log.warning("%s: stopping", self._lost_launcher)
+            log.warning("%s: stopping", self.lost_launcher)
             os.kill(os.getpid(), signal.SIGTERM)
         elif monotonic() - self.orphan_since > GRACE_S:
-            self.end(self._lost_launcher)
+            self.end(self.lost_launcher)
 
     def end(self, lost: str) -> None:
         """End this process, whose main thread may wait for ever, with exit code 7 and a message."""
@@ -163,11 +159,10 @@ class Watch(threading.Thread):
 
     def with_remedy(self, lost: str) -> str:
         """The message about a lost process."""
-        try:
-            step = self.store.get("step").decode() if self.store.check(["step"]) else ""
-        except RuntimeError:
-            step = ""
-        return f"{lost}: start again" + (f", the run goes on from step {step}" if step else "")
+        with suppress(RuntimeError):
+            if self.store.check(["step"]):
+                return f"{lost}: start again, the run goes on from step {self.store.get('step').decode()}"
+        return f"{lost}: start again"
 
 
 LOST_STORE = "the process that connects all others, torchrun on the first host or process 0, has ended"
@@ -219,20 +214,33 @@ def tell_losses(tell: Callable[[str], None]) -> None:
 
 def explain(error: BaseException) -> str | None:
     """Say which process is lost if the error is that of a broken connection between processes; else None."""
-    watch = _watch
-    stop()
-    if watch is None or watch.world_size == 1 or not _is_of_connection(error):
+    if _watch is None or _watch.world_size == 1 or not _is_of_connection(error):
         return None
-    lost = watch.find_lost(GRACE_S)
-    return watch.with_remedy(lost or f"the connection to another process broke: {str(error).splitlines()[0]}")
+    _watch.ended.set()  # it is told here
+    lost = _watch.find_lost(GRACE_S)
+    return _watch.with_remedy(lost or f"the connection to another process broke: {str(error).splitlines()[0]}")
+
+
+def lost_before_signal() -> str | None:
+    """Say which process was lost, for one that torchrun asks to stop because of that; takes two seconds at most."""
+    watch, found = _watch, list[str]()
+    if watch is not None and watch.world_size > 1:
+
+        def look() -> None:
+            if lost := watch.find_lost(0):
+                found.append(watch.with_remedy(lost))
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        thread.join(2)
+    return found[0] if found else None
 
 
 def _is_of_connection(error: BaseException) -> bool:
     """Whether torch's communication raised it; gloo's errors are RuntimeErrors that name the line of its source."""
     distributed = getattr(sys.modules.get("torch"), "distributed", None)
-    if isinstance(error, getattr(distributed, "DistError", ())):
-        return True
-    return isinstance(error, RuntimeError) and "gloo" in str(error)
+    is_named = isinstance(error, getattr(distributed, "DistError", ()))
+    return is_named or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _namespace() -> str:

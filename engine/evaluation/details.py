@@ -27,6 +27,7 @@ def details(features: Tensor, num_query: int, ids: Ids, ranks: Ranks) -> dict[st
     Cameras are counted from 1. All ranks call it, and all get the same.
     """
     query, gallery = features[:num_query], features[num_query:]
+    ids = ids[0].to(query.device), ids[1].to(query.device), ids[2].to(query.device), ids[3].to(query.device)
     pooled, persons, cameras = pool_queries(query, ids[0], ids[2])
     multi = rank_features(pooled, gallery, (persons, ids[1], cameras, ids[3]), ranks)
     pairs = camera_pairs(query, gallery, ids, lambda q, g, pair_ids: rank_features(q, g, pair_ids, ranks))

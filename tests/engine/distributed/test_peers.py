@@ -37,7 +37,10 @@ class Running:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
         self.launcher = subprocess.Popen([*launcher, *arguments(folder, self.output, **LONG)], stdout=log, stderr=log,
                                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-        self.wait(lambda: bool(checkpoint.checkpoints(self.output / "checkpoints")), 120)
+        self.workers: list[int] = []
+
+    def begin(self) -> None:
+        self.wait(lambda: ": saved " in self.log.read_text(), 120)
         found = subprocess.run(["pgrep", "-P", str(self.launcher.pid)], capture_output=True, text=True, check=True)
         self.workers = [int(pid) for pid in found.stdout.split()]
         assert len(self.workers) == 2
@@ -69,8 +72,11 @@ def alive(pid: int) -> bool:
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Running]:
     running = Running(tmp_path)
-    yield running
-    running.close()
+    try:
+        running.begin()
+        yield running
+    finally:
+        running.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

@@ -68,8 +68,8 @@ def waiting_turns(ttgir: str) -> int:
             loop = LOOP.search(line)
             found = -(-(int(loop[2]) - int(loop[1])) // int(loop[3])) if loop else 1
         wait = WAIT.search(line)
-        if wait and found is not None and wait[1] == "0":
-            turns, found = turns + found, None
+        if wait and found is not None:  # the first of a loop; what is waited for behind it comes once
+            turns, found = turns + (found if wait[1] == "0" else 0), None
     return turns
 
 

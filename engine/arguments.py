@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,7 +49,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
     def _split_lines(self, text: str, width: int) -> list[str]:
         lines: list[str] = []
         for part in text.splitlines():
-            lines += [part] if part.startswith("fusionreid ") else super()._split_lines(part, width)
+            lines += [part] if "fusionreid " in part else super()._split_lines(part, width)
         return lines
 
 
@@ -67,6 +68,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """The options, in any order with the KEY VALUE pairs."""
         known, words = self.known, list(argv)
+        file = next((after for word, after in pairwise(words) if word == "--config_file"), "FILE")
         for word, following in zip(words, [*words[1:], None]):
             name = word.partition("=")[0]
             if word == "--":
@@ -74,7 +76,8 @@ class Parser(argparse.ArgumentParser):
             if name not in known and (name.startswith("--") or (name[:1] == "-" and name[1:].isalpha())):
                 from fusionreid.engine.config import KEYS
 
-                self.error(f"unknown option {name}: {instead_of(word, following, self.prog, known, KEYS)}")
+                command = f"{self.prog} --config_file {shlex.quote(file)}"
+                self.error(f"unknown option {name}: {instead_of(word, following, command, known, KEYS)}")
         return self.parse_intermixed_args(words)
 
     def error(self, message: str) -> NoReturn:

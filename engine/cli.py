@@ -57,6 +57,6 @@ def build() -> tuple[Parser, dict[str, tuple[Command, Parser]]]:
     options = overview.add_argument_group("options")
     options.add_argument("-h", "--help", action="help", help="print this overview and end")
     options.add_argument("--version", **VERSION)
-    eval_it = 'print a completion script, as in: eval "$(fusionreid --print-completion bash)"'
+    eval_it = 'print a completion script, as in\neval "$(fusionreid --print-completion bash)"'
     options.add_argument("--print-completion", choices=completion.SHELLS, metavar="SHELL", help=eval_it)
     return overview, commands

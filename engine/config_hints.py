@@ -118,13 +118,14 @@ def instead_of(option: str, following: str | None, command: str, options: Sequen
         return f"did you mean {close[0]}?"
     if plain in OTHERWISE:
         return OTHERWISE[plain]
-    meant = sorted(keys_like(name, keys), key=lambda key: key.startswith("TEST.") == ("train" in command))
+    trains = "train" in command.partition(" --config_file")[0]
+    meant = sorted(keys_like(name, keys), key=lambda key: key.startswith("TEST.") == trains)
     if not meant:
-        return f"{command} --help lists the options, --print-config the keys"
+        return f"{command} --print-config lists the keys, --help the options"
     if not value and following and not following.startswith("-") and not KEY.match(following):
         value = following
     value = TRIED.get(plain, "").partition(" ")[2] or value or "VALUE"
-    return f"the key is {' or '.join(meant)}, as in: {command} --config_file FILE {meant[0]} {value}"
+    return f"the key is {' or '.join(meant)}, as in: {command} {meant[0]} {value}"
 
 
 def _plain(word: str) -> str:

@@ -35,7 +35,7 @@ def options(parser: ArgumentParser) -> None:
 
 COMMAND = Command(
     doctor,
-    "check configuration, data, weights, disk and memory before a training",
+    "check data, weights, disk, memory before a training",
     "Check what a training needs, piece by piece, and name everything that would stop it.",
     ["--config_file my.yml --decode"],
     options,

@@ -53,7 +53,7 @@ def ending(cfg: "Config", *, baselines: bool) -> Ending:
 
 COMMAND = Command(
     evaluate,
-    "mAP, mINP and CMC of a model, and a report with rank lists",
+    "measure a model: mAP, mINP, CMC, a report",
     "Embed query and gallery with the newest checkpoint in OUTPUT_DIR, or with TEST.WEIGHT, and rank them.\n"
     "TEST.EMBEDDINGS FOLDER ranks stored embeddings again, without a model.",
     ["--config_file synthetic/tiny", "--config_file my.yml --baselines TEST.RE_RANKING yes"],

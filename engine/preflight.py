@@ -139,7 +139,8 @@ def _batches(cfg: Config, split: Split) -> tuple[str, None]:
     batch, instances = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
     check_batch(split, batch, instances)
     persons = batch // instances
-    shares = ", ".join(str(n) for n in range(1, persons + 1) if persons % n == 0)
+    most = persons if cfg.PARALLEL.EXACT is not False else max(persons // 2, 1)  # a process alone mines among two
+    shares = ", ".join(str(n) for n in range(1, most + 1) if persons % n == 0)
     lines = [f"{persons} persons x {instances} images, for {shares} processes"]
     if scarce := scarce_persons(split, instances):
         lines.append(f"{scarce} persons have fewer than {instances} images: theirs repeat in a batch")

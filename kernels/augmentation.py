@@ -83,8 +83,8 @@ def erase_rectangles(images: Tensor, erase: Tensor, index: Tensor, *, seed: int,
         if images.numel():
             with on_device_of(images):
                 _erase[(triton.cdiv(3 * width, COLS), triton.cdiv(height, ROWS), batch)](
-                    erase.contiguous(), index, pixels, key - (key >> 63 << 64), H=height, W=width, ROWS=ROWS, COLS=COLS,
-                    num_warps=NUM_WARPS,
+                    erase.contiguous(), index.contiguous(), pixels, key - (key >> 63 << 64), H=height, W=width,
+                    ROWS=ROWS, COLS=COLS, num_warps=NUM_WARPS,
                 )  # fmt: skip
     else:
         _erase_on_cpu(pixels.flatten(2), erase, index, key)
@@ -199,8 +199,8 @@ def _erase(
     inside, crossed = _rectangle(erase_ptr + 4 * image, y, v, first_y, first_v, ROWS, COLS)
     if crossed:
         drawn = _drawn(erase_ptr + 4 * image, tl.load(index_ptr + image), key, y, first_v, ROWS, COLS)
-        out_ptr += image * (3 * H * W) + y * (3 * W) + v
-        tl.store(out_ptr, drawn.to(out_ptr.dtype.element_ty), mask=inside & (y < H) & (v < 3 * W))
+        at = out_ptr + image * (3 * H * W) + y * (3 * W) + v
+        tl.store(at, drawn.to(out_ptr.dtype.element_ty), mask=inside & (y < H) & (v < 3 * W))
 
 
 @triton.jit

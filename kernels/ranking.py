@@ -68,8 +68,8 @@ def rank_counts(
     unit length. A gallery in host memory may be ranked for queries on a GPU. ValueError if shapes, types or devices do
     not fit, or features are not finite.
     """
-    _check_ids("rank_counts", query_persons, gallery_persons, query_cameras, gallery_cameras, len(query), len(gallery),
-               query.device)  # fmt: skip
+    ids = query_persons, gallery_persons, query_cameras, gallery_cameras
+    _check_ids("rank_counts", ids, len(query), len(gallery), query.device)
     with full_precision(query):
         queries, items = Rows.both(query, gallery, normalize)
         parts = []
@@ -94,8 +94,8 @@ def rank_counts_of(
         raise ValueError(
             f"rank_counts_of: distances must be floating (Q, G), got {tuple(distances.shape)} {distances.dtype}"
         )
-    _check_ids("rank_counts_of", query_persons, gallery_persons, query_cameras, gallery_cameras, len(distances),
-               distances.shape[1], distances.device)  # fmt: skip
+    ids = query_persons, gallery_persons, query_cameras, gallery_cameras
+    _check_ids("rank_counts_of", ids, len(distances), distances.shape[1], distances.device)
     if not distances.isfinite().all():
         bad = (~distances.isfinite()).any(1).nonzero().flatten().tolist()
         raise ValueError(f"rank_counts_of: distances must be finite, those of {len(bad)} queries are not: {bad[:5]}")
@@ -114,22 +114,9 @@ def rank_counts_of(
     return _joined([(counter.tally(), matches, 0)], torch.arange(len(distances), device=distances.device))
 
 
-def _check_ids(
-    op: str,
-    query_persons: Tensor,
-    gallery_persons: Tensor,
-    query_cameras: Tensor,
-    gallery_cameras: Tensor,
-    num_query: int,
-    num_gallery: int,
-    device: torch.device,
-) -> None:
-    for name, ids, count in (
-        ("query_persons", query_persons, num_query),
-        ("gallery_persons", gallery_persons, num_gallery),
-        ("query_cameras", query_cameras, num_query),
-        ("gallery_cameras", gallery_cameras, num_gallery),
-    ):
+def _check_ids(op: str, given: tuple[Tensor, ...], num_query: int, num_gallery: int, device: torch.device) -> None:
+    names = "query_persons", "gallery_persons", "query_cameras", "gallery_cameras"
+    for name, ids, count in zip(names, given, (num_query, num_gallery) * 2, strict=True):
         if ids.shape != (count,) or ids.is_floating_point() or ids.device != device:
             raise ValueError(
                 f"{op}: {name} must hold one integer for each of {count} rows, on {device}, "

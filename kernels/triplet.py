@@ -19,10 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fusionreid.kernels._path import capability, on_device_of, use_triton
+from fusionreid.kernels._triplet_torch import MIN_SQUARE, Distances, mine, noisy_distances, valid_anchors
 
-BLOCK_ELEMENTS = 2**20  # of the distance matrix at once, on a CPU
-PAIR_ROWS = 256  # anchors whose pairs are measured at once, on a CPU
-MIN_SQUARE = 1e-12
 SMALL = 1024  # images of a batch that is mined in small tiles, which spread it over all multiprocessors
 HALF_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -32,7 +30,6 @@ INFINITE = tl.constexpr(0x7F800000)
 BROKEN = tl.constexpr(0x7F800001)  # NaN is the most extreme of all: it must reach the loss
 LAST = tl.constexpr(0x7FFFFFFF)
 LEAST = tl.constexpr(MIN_SQUARE)  # of a square; below it nothing pulls
-
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -71,14 +68,14 @@ def batch_hard_triplet(
         losses, _, pairs, indices, valid = _Loss.apply(persons, margin, *_rows(features))
         (to_positive, to_negative, *_), (positive, negative) = pairs.unbind(), indices.unbind()
         return BatchHard(losses, to_positive, to_negative, positive, negative, valid)
-    valid = _valid_anchors(persons)
+    valid = valid_anchors(persons)
     with torch.autocast(persons.device.type, enabled=False):
         exact = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in features]
-        hardest = _mine([x.detach() for x in exact], persons, product_dtype)  # (2, N) per head
+        hardest = mine([x.detach() for x in exact], persons, product_dtype)  # (2, N) per head
         if product_dtype is None:
-            pairs = [_Distances.apply(x, chosen) for x, chosen in zip(exact, hardest)]
+            pairs = [Distances.apply(x, chosen) for x, chosen in zip(exact, hardest)]
         else:
-            pairs = [_noisy_distances(x, chosen, product_dtype) for x, chosen in zip(exact, hardest)]
+            pairs = [noisy_distances(x, chosen, product_dtype) for x, chosen in zip(exact, hardest)]
         to_positive, to_negative = torch.stack(pairs, 1)
         positive, negative = torch.stack(hardest, 1)
         gap = to_positive - to_negative  # (heads, N)
@@ -125,7 +122,7 @@ class _Loss(torch.autograd.Function):
     """Joins the two custom ops; `torch.library`'s own way to do so costs three times as much per call."""
 
     @staticmethod
-    def forward(ctx: Any, persons: Tensor, margin: float | None, *features: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, persons: Tensor, margin: float | None, *features: Tensor) -> Outputs:
         losses, shares, pairs, indices, valid = _forward(features, persons, margin)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(shares, pairs, indices, valid)
@@ -229,70 +226,6 @@ def _backward(
 @_backward.register_fake
 def _(upstream: Tensor, features: Sequence[Tensor], shares: Tensor, pairs: Tensor, indices: Tensor) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in features]
-
-
-def _valid_anchors(persons: Tensor) -> Tensor:
-    ordered = persons.sort().values
-    counts = torch.searchsorted(ordered, persons, right=True) - torch.searchsorted(ordered, persons)
-    return (counts > 1) & (counts < len(persons))
-
-
-def _mine(features: Sequence[Tensor], persons: Tensor, product_dtype: torch.dtype | None) -> list[Tensor]:
-    """Farthest image of the anchor's person and nearest of another, (2, N) per head."""
-    rows = max(1, BLOCK_ELEMENTS // len(persons))
-    if product_dtype is None:
-        features = [x - _centre_of(x) for x in features]
-    low = [x.to(product_dtype or x.dtype) for x in features]
-    squares = [torch.cat([block.square().sum(1) for block in x.split(rows)]) for x in features]
-    hardest: list[list[Tensor]] = [[] for _ in features]
-    for start in range(0, len(persons), rows):
-        block = slice(start, start + rows)
-        same = persons[block, None] == persons
-        other = ~same
-        for x, y, square, chosen in zip(features, low, squares, hardest):
-            product = (y[block] @ y.T).to(x.dtype)
-            distance = torch.sub(square[block, None] + square, product, alpha=2, out=product).clamp_min_(MIN_SQUARE)
-            positive = distance.masked_fill(other, -1).argmax(1)
-            chosen.append(torch.stack((positive, distance.masked_fill_(same, torch.inf).argmin(1))))
-    return [torch.cat(blocks, 1) for blocks in hardest]
-
-
-def _centre_of(x: Tensor) -> Tensor:
-    """As `_centre` has it (D,)."""
-    a, b, c = x[0], x[len(x) // 2], x[-1]
-    centre = torch.fmax(torch.fmin(a, b), torch.fmin(torch.fmax(a, b), c))
-    return centre.where(centre.isfinite(), 0)
-
-
-def _noisy_distances(x: Tensor, chosen: Tensor, product_dtype: torch.dtype) -> Tensor:
-    y = x[chosen]  # (2, N, D)
-    product = (x.to(product_dtype).to(x.dtype) * y.to(product_dtype).to(x.dtype)).sum(2).to(product_dtype)
-    square = x.square().sum(1) + y.square().sum(2) - 2 * product.to(x.dtype)
-    return square.clamp_min(MIN_SQUARE).sqrt()
-
-
-class _Distances(torch.autograd.Function):
-    """d(x, x[chosen]) of all rows and both chosen (2, N); the differences are taken block by block, twice, not kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, chosen: Tensor) -> Tensor:
-        blocks = zip(x.split(PAIR_ROWS), chosen.split(PAIR_ROWS, 1))
-        squares = torch.cat([(rows - x[others]).square_().sum(2) for rows, others in blocks], 1)
-        distances = squares.clamp_min(MIN_SQUARE).sqrt()
-        ctx.save_for_backward(x, chosen, torch.where(squares < MIN_SQUARE, torch.inf, distances))
-        return distances
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        x, chosen, distances = ctx.saved_tensors
-        gradient = torch.zeros_like(x)
-        pulls = (upstream / distances)[..., None]
-        blocks = zip(*(t.split(PAIR_ROWS) for t in (gradient, x)), *(t.split(PAIR_ROWS, 1) for t in (chosen, pulls)))
-        for own, rows, others, pull in blocks:
-            term = (rows - x[others]).mul_(pull)
-            own += term.sum(0)
-            gradient.index_add_(0, others.flatten(), term.flatten(0, 1), alpha=-1)
-        return gradient, None
 
 
 @triton.jit
@@ -453,8 +386,7 @@ def split_kernel(xs, widths, strides, parts_ptr, norms_ptr, N, padded, WIDE: tl.
 
     Parts (2, N, padded): high and low, 0 past the width; norms (2, N): |x - centre|^2 and the step.
     """
-    head = _head(xs, widths, strides, WIDE, 0)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head, row = _head(xs, widths, strides, WIDE, 0), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     highest, squares = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
     for start in tl.range(0, padded, BLOCK):
         d = start + tl.arange(0, BLOCK)[None, :]
@@ -472,8 +404,7 @@ def split_kernel(xs, widths, strides, parts_ptr, norms_ptr, N, padded, WIDE: tl.
         d = start + tl.arange(0, BLOCK)[None, :]
         x = _load(head, row[:, None], d, (row < N)[:, None], HALF) - _centre(head, d, N, HALF)
         x *= factor[:, None]
-        high = x.to(tl.float16)
-        mask = (row < N)[:, None] & (d < padded)
+        high, mask = x.to(tl.float16), (row < N)[:, None] & (d < padded)
         tl.store(parts_ptr + d, high, mask=mask)
         tl.store(parts_ptr + N.to(tl.int64) * padded + d, (x - high.to(tl.float32)).to(tl.float16), mask=mask)
 

@@ -23,6 +23,12 @@ class DamagedError(CheckpointError):
     """Bytes are missing or are not those that were written."""
 
 
+def verify_around(file: Path) -> None:
+    """Verify the checkpoint that a file of tensors is part of, if it is part of one."""
+    if file.suffix == TENSORS and (file.parent / STATE).exists():
+        verify(file.parent)
+
+
 def verify(path: Path) -> list[str]:
     """Return the files of a checkpoint; CheckpointError unless each has the size and digest that the manifest gives."""
     if not path.is_dir():

@@ -15,7 +15,6 @@ from fusionreid.backbones.t2t import T2TViT
 from fusionreid.backbones.vit import ViT
 from fusionreid.config import ModelConfig
 from fusionreid.model import FusionReID, build_transformer
-from fusionreid.weights.checkpoint_files import verify
 from fusionreid.weights.formats import Layout, best_prefix, fit_positions, read_state, renamed
 from fusionreid.weights.pretrained import CHECKPOINT_FILES, WeightsError, check_weights
 
@@ -181,8 +180,6 @@ def load_finetune(model: FusionReID, path: str | Path) -> LoadReport:
     path, names = Path(path), {name: name for name in model.state_dict()}
     tensors, settings, _ = (path / name for name in CHECKPOINT_FILES)
     own = path.is_dir()
-    if own:
-        verify(path)
     state = {name.removeprefix("module."): value for name, value in read_state(tensors if own else path).items()}
     names = {ours: renamed(name) for ours, name in (names if own else published_names(model)).items()}
     theirs = {ours: state[name] for ours, name in names.items() if name in state}

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fusionreid.weights.checkpoint_files import verify_around
 from fusionreid.weights.pretrained import WeightsError
 from fusionreid.weights.torchscript import read_torchscript
 
@@ -51,8 +52,10 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Return the named tensors of a weight file, out of whatever dictionaries they are wrapped in.
 
     Reads safetensors, torch.save in every format, and TorchScript, under any suffix. WeightsError says what else the
-    file is. Memory: a small multiple of the file's size.
+    file is, CheckpointError that it is of a checkpoint of ours and not as written. Memory: a small multiple of the
+    file's size.
     """
+    verify_around(Path(path))
     size, head, tail = _look(path)
     content = _content(Path(path), size, head, tail)
     state = _state(content, set())

@@ -21,6 +21,7 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+DEPTH = 64
 LISTS = ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist")
 
 
@@ -45,6 +46,8 @@ def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
             found[name] = value
         elif isinstance(value, _Module) and id(value) not in seen:
             seen.add(id(value))
+            if name.count(".") > DEPTH:
+                raise pickle.UnpicklingError(f"modules lie more than {DEPTH} deep in each other")
             attributes = getattr(value, "attributes", {})
             waiting += [(f"{name}.{key}".lstrip("."), child) for key, child in reversed(attributes.items())]
     return found
@@ -56,13 +59,17 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str) -> None:
         super().__init__(file)
         self._archive, self._folder = archive, folder
+        self._storages: dict[tuple[str, torch.dtype], Tensor] = {}  # each is read once, however often it is named
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
             return _Module
         allowed: dict[tuple[str, str], Callable[..., object]] = {
-            ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-            ("torch._utils", "_rebuild_parameter"): _parameter,
+            # Functions of this call alone: a pickle may put attributes on what it is given.
+            ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, size, stride, *_: torch.as_strided(
+                storage, size, stride, offset
+            ),
+            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
             ("collections", "OrderedDict"): OrderedDict,
             **{("torch.jit._pickle", builder): list for builder in LISTS},
         }
@@ -77,13 +84,7 @@ class _Unpickler(pickle.Unpickler):
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
             raise pickle.UnpicklingError("a storage has a type and a name")
-        data = bytearray(self._archive.read(f"{self._folder}{key}"))
-        return torch.frombuffer(data, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
-
-
-def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *unused: object) -> Tensor:
-    return torch.as_strided(storage, size, stride, offset)
-
-
-def _parameter(data: Tensor, *unused: object) -> Tensor:
-    return data
+        if (key, dtype) not in self._storages:
+            data = bytearray(self._archive.read(f"{self._folder}{key}"))
+            self._storages[key, dtype] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return self._storages[key, dtype][:count]

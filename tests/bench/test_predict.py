@@ -38,6 +38,7 @@ def test_turns_that_wait_for_their_own_copies_count() -> None:
     ahead = LOOP.format(start=0, stop=211, step=32, depth=4)
     assert (waiting_turns(ahead), wait_depth(ahead)) == (0, 4)
     assert (waiting_turns(waiting + ahead), wait_depth(waiting + ahead)) == (7, 4)
+    assert waiting_turns(ahead + "ttg.async_wait {num = 0 : i32}") == 0  # the last copies, behind the loop
     assert waiting_turns(waiting.replace("%c211_i32", "%count")) == 1  # a number that the compiler does not know
     assert wait_depth("") is None
 

@@ -64,6 +64,7 @@ def test_only_search_does_without_a_configuration(capsys) -> None:
     ("train --epochs 3", "key is SOLVER.MAX_EPOCHS, as in: fusionreid train --config_file FILE SOLVER.MAX_EPOCHS 3\n"),
     ("train --lr=0.01", "the key is SOLVER.BASE_LR, as in: fusionreid train --config_file FILE SOLVER.BASE_LR 0.01"),
     ("train --lr", "SOLVER.BASE_LR VALUE"),
+    ("train --lr 0.1 --config_file my.yml", "as in: fusionreid train --config_file my.yml SOLVER.BASE_LR 0.1\n"),
     ("train --batch-size 64", "FILE SOLVER.IMS_PER_BATCH 64"),
     ("evaluate --batch_size 64", "FILE TEST.IMS_PER_BATCH 64"),
     ("train --resume log/x", "resuming is automatic"),
@@ -83,7 +84,7 @@ def test_only_search_does_without_a_configuration(capsys) -> None:
     ("train --opts SOLVER.BASE_LR 1", "write KEY VALUE pairs without --opts"),
     ("train --config-file x.yml", "did you mean --config_file?"),
     ("search --querry x", "did you mean --query?"),
-    ("train --frobnicate", "fusionreid train --help lists the options"),
+    ("train --frobnicate", "fusionreid train --config_file FILE --print-config lists the keys"),
 ])  # fmt: skip
 def test_what_people_try_first_is_answered_with_what_works(capsys, words: str, answer: str) -> None:
     code, out, err = ask(capsys, *words.split())

@@ -44,6 +44,11 @@ def test_all_is_well(root, tmp_path, capfd):
     assert not (tmp_path / "out").exists()
 
 
+def test_processes_that_would_mine_among_one_person_are_not_offered(root, tmp_path, capfd):
+    assert main(arguments(root, tmp_path / "out", PARALLEL__EXACT="no")) == 0
+    assert "4 persons x 4 images, for 1, 2 processes" in capfd.readouterr().out
+
+
 def test_everything_wrong_is_told_at_once(root, tmp_path, capfd, monkeypatch):
     (tmp_path / "out").write_text("")
     monkeypatch.setattr(preflight, "NEEDED", ("torch", "nosuchpackage"))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusionreid.kernels import BatchHard, batch_hard_triplet, reference, triplet
+from fusionreid.kernels import BatchHard, _triplet_torch, batch_hard_triplet, reference
 from tests.numerics import assert_close, load_case
 
 _, RECORDED = load_case("modules/losses")
@@ -64,7 +64,7 @@ def test_matches_brute_force_with_ties_and_any_counts(
     x = torch.randint(-2, 3, (len(persons), width), generator=torch.Generator().manual_seed(seed)).float()
     expected, pairs = brute_force(x, persons, margin)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triplet, "BLOCK_ELEMENTS", 3 * len(persons))  # three anchors at a time
+        patch.setattr(_triplet_torch, "BLOCK_ELEMENTS", 3 * len(persons))  # three anchors at a time
         mined = batch_hard_triplet([x], torch.tensor(persons), margin=margin)
     assert_same(mined, reference.batch_hard_triplet([x], torch.tensor(persons), margin=margin))
     assert mined.losses.item() == pytest.approx(expected, rel=1e-5)

@@ -185,6 +185,8 @@ def clip_state(model: nn.Module, prefix: str) -> tuple[dict[str, Tensor], dict[s
     return state, theirs
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_clip_as_released_is_read_without_its_code(tmp_path: Path) -> None:
     model = vit(pre_norm=True)
     state, theirs = clip_state(model, "visual.")

@@ -19,6 +19,7 @@ from fusionreid.weights import (
     LoadReport,
     WeightsError,
     load_finetune,
+    load_imagenet,
     load_pretrained,
     load_published,
     published_names,
@@ -165,6 +166,13 @@ def test_fine_tuning_reads_no_checkpoint_with_a_flipped_bit_or_a_cut_manifest(tm
             load_finetune(model, path)
         file.write_bytes(whole)
     assert load_finetune(model, path).missing == []
+    tensors = path / "model.safetensors"  # named as a backbone's file, which it can be too
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(DamagedError, match=r"model\.safetensors is damaged"):
+        load_imagenet(model.cnn, tensors)
+    tensors.write_bytes(whole)
+    load_imagenet(model.cnn, tensors)
 
 
 def test_fine_tuning_from_a_file_of_the_published_code(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_cross_entropy(images: int, classes: int, heads: int, dtype: torch.dtype
 @types
 @pytest.mark.parametrize(("height", "width"), [(31, 42), (32, 43), (33, 43), (64, 128), (7, 3)])
 def test_augmentation(height: int, width: int, dtype: torch.dtype) -> None:
-    inputs = batch(5, height, width)
+    inputs = batch(5, height, width, reach=min(height, width, 6))
     inputs["erase"][:3] = torch.tensor([[0, 0, height, width], [height // 2, 1, 1, 1], [1, width // 2, height - 2, 1]])
     out = augment(**inputs, dtype=dtype, **SETTINGS)
     low, gold = (reference.augment(**inputs, dtype=kind, **SETTINGS) for kind in (dtype, torch.float64))

@@ -76,14 +76,15 @@ def test_kernels_are_as_accurate_as_plain_torch(
 
 
 @pytest.mark.usefixtures("triton_path")
-def test_kernels_take_heads_of_several_types_and_strides() -> None:
+@pytest.mark.parametrize("normalize", [False, True])  # True makes copies: only False sees the strides
+def test_kernels_take_heads_of_several_types_and_strides(normalize: bool) -> None:
     persons, upstream = torch.tensor([0, 1, 0, 2, 2, 2, 1, 3]), torch.randn(3)
     x = [torch.randn(8, 5), torch.randn(8, 2, 6)[:, 0].half(), torch.randn(7, 8).T]
-    _, out = mined_and_gradients(batch_hard_triplet, x, persons, upstream, normalize=True)
-    _, again = mined_and_gradients(batch_hard_triplet, x, persons, upstream, normalize=True)
+    _, out = mined_and_gradients(batch_hard_triplet, x, persons, upstream, normalize=normalize)
+    _, again = mined_and_gradients(batch_hard_triplet, x, persons, upstream, normalize=normalize)
     assert all(torch.equal(a, b) for a, b in zip(out, again))
     doubles = [t.double() for t in x]
-    _, gold = mined_and_gradients(reference.batch_hard_triplet, doubles, persons, upstream, normalize=True)
+    _, gold = mined_and_gradients(reference.batch_hard_triplet, doubles, persons, upstream, normalize=normalize)
     for value, expected, given_as in zip(out, gold, [out[0], *x]):
         assert value.dtype == given_as.dtype
         assert_close("loss and gradients", value, expected, 4 * torch.finfo(value.dtype).eps)

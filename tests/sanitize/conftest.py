@@ -50,12 +50,23 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]
         patch.setattr(JITFunction, "run", timed)
         try:
             result = yield
+        except AssertionError as wrong:
+            _show(session.races, launches, wrong)
+            raise
         finally:
             pyfuncitem.user_properties.append(("launches", launches))
-    races = [race for race in session.races if (launches[race.launch][0], race.buffer) not in GUARDED]
-    assert not races, sanitize.message(races[0])
+    _show(session.races, launches)
     assert session.races_unchecked == 0, "a launch has too many accesses to be checked for races: take a smaller case"
     return result
+
+
+def _show(races: list[Any], launches: list[Launch], wrong: AssertionError | None = None) -> None:
+    """Raise the first race that no counter orders, before wrong values, which may come of it."""
+    from ttsem import sanitize
+
+    for race in races:
+        if (launches[race.launch][0], race.buffer) not in GUARDED:
+            raise AssertionError(sanitize.message(race)) from wrong
 
 
 def _name(kernel: JITFunction) -> str:

@@ -67,7 +67,7 @@ def test_triplet(
     monkeypatch.setattr(triplet, "SMALL", 0 if large else 1024)
     margin = 0.3 if images % 2 else None
     persons, upstream = torch.randint(0, images // 4, (images,)), torch.randn(len(widths))
-    x = [(3 + torch.randn(images, width)).to(dtype) for width in widths]
+    x = [(3 + torch.randn(images, width + 5)).to(dtype)[:, :width] for width in widths]  # rows lie apart
     mined, out = mined_and_gradients(batch_hard_triplet, x, persons, upstream, margin=margin)
     _, low = mined_and_gradients(reference.batch_hard_triplet, x, persons, upstream, margin=margin)
     doubles = [t.double() for t in x]

@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test sanitize lint
+.PHONY: demo test sanitize sweep docs lint
 
 .venv/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -21,6 +21,9 @@ sanitize: .venv/installed  ## every Triton kernel as compiled for sm_90, execute
 
 sweep: .venv/installed  ## thousands of random sequences and injected faults; up to an hour
 	$(BIN)/python -m pytest -m sweep
+
+docs: .venv/installed  ## the manual, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -35,6 +35,7 @@ class Command:
     examples: Sequence[str]  # what follows the command's name
     options: Callable[[argparse.ArgumentParser], None] = lambda _: None
     needs_config: bool = True
+    takes_data: bool = False  # own data by their path, in place of a configuration
     ending: Callable[..., Ending] = lambda cfg, **options: Ending()  # called as `work` is, after it
     interrupted: str = ""  # what to do after a stop
 
@@ -111,7 +112,15 @@ def fill(parser: Parser, command: Command) -> None:
     command.options(parser)
     needed = "" if command.needs_config else ", needed only where a model is"
     file = f"YAML file with the configuration{needed}, or the name of a shipped one, as in synthetic/tiny"
-    parser.add_argument("--config_file", required=command.needs_config, metavar="FILE", help=file)
+    if command.takes_data:
+        source = parser.add_mutually_exclusive_group(required=True)
+        source.add_argument("--config_file", metavar="FILE", help=file)
+        what = "own images, a folder or a list in any layout, as in crops/; divides persons, fits settings"
+        source.add_argument("--data", type=path, metavar="PATH", help=what)
+        name = "name of the run on --data, whose folder is log/RUN; as in shop (default: that of PATH)"
+        parser.add_argument("--name", metavar="RUN", help=name)
+    else:
+        parser.add_argument("--config_file", required=command.needs_config, metavar="FILE", help=file)
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and end")
     parser.add_argument("--version", **VERSION)
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE",

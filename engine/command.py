@@ -149,6 +149,14 @@ def _attempt(command: Command, options: dict[str, Any], outcome: Outcome, file: 
         from fusionreid.engine.config import load_config
 
         given = {name: options.pop(name) for name in ("config_file", "overrides")}
+        if (data := options.pop("data", None)) is not None:
+            from fusionreid.engine import own_run
+
+            folder = own_run.folder_of(data, options["name"])
+            account = options.get("json")
+            given["config_file"] = str(own_run.prepare(data, folder, account=account, quiet=RANK > 0))
+            options |= {"json": None} if account else {}  # written, and says more than the list does
+        options.pop("name", None)
         cfg = load_config(given["config_file"] or os.devnull, given["overrides"])
         if options.pop("print_config"):
             print(cfg.dump())

@@ -227,7 +227,8 @@ def _build(text: str, name: str, overrides: Sequence[str], problems: list[str]) 
 def _unknown(key: str, value: Any) -> str:
     if key in SECTIONS:
         return f"is a section of keys, got {value!r}"
-    meant = keys_like(key, KEYS) or difflib.get_close_matches(key.upper(), SECTIONS, n=1)
+    section = difflib.get_close_matches(key.upper(), SECTIONS, n=1)
+    meant = section if key.upper() in SECTIONS else keys_like(key, KEYS) or section
     return "unknown key" + (f", did you mean {' or '.join(meant)}?" if meant else "")
 
 

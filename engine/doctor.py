@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":  # a script's own folder must not hide modules, and its project need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from fusionreid.engine import command
+from fusionreid.engine import arguments, command
 from fusionreid.engine.arguments import Command, Ending
 
 if TYPE_CHECKING:
@@ -23,22 +23,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command.run(COMMAND, argv)
 
 
-def doctor(cfg: "Config", *, decode: bool) -> None:
-    from fusionreid.engine.preflight import examine
+def doctor(cfg: "Config", *, decode: bool, json: Path | None = None) -> None:
+    from fusionreid.engine.preflight import examine, write_account
 
+    if json:
+        write_account(cfg, json)
     examine(cfg, decode=decode)
 
 
 def options(parser: ArgumentParser) -> None:
     parser.add_argument("--decode", action="store_true", help="also decode every image file whole, in parallel")
+    what = "also write what was found, used and left out to a file, as in account.json"
+    parser.add_argument("--json", type=arguments.path, metavar="FILE", help=what)
 
 
 COMMAND = Command(
     doctor,
     "check data, weights, disk, memory before a training",
     "Check what a training needs, piece by piece, and name everything that would stop it.",
-    ["--config_file my.yml --decode"],
+    ["--config_file my.yml --decode", "--data crops --json account.json"],
     options,
+    takes_data=True,
     ending=lambda _cfg, **_: Ending(following="train"),
 )
 

@@ -13,7 +13,8 @@ from typing import TypeVar
 import torch
 
 from fusionreid import FusionReID
-from fusionreid.dataloading import Split, read_split
+from fusionreid.dataloading import DataError, Split, read_split
+from fusionreid.dataloading.account import account_as_json, refusal_as_json
 from fusionreid.dataloading.bad_images import BadImages
 from fusionreid.dataloading.cache import free_host_memory
 from fusionreid.dataloading.dataset_warnings import few_persons
@@ -28,6 +29,7 @@ from fusionreid.engine.evaluation.evaluator import check_cameras, split_ids
 from fusionreid.engine.evaluation.retrieval import check_matches
 from fusionreid.engine.training.resume import position_of
 from fusionreid.errors import ReIDError
+from fusionreid.files import write_json
 from fusionreid.weights import check_weights, load_pretrained
 
 NEEDED = ("torch", "torchvision", "timm", "triton", "numpy", "pillow", "safetensors", "tensorboard")
@@ -91,6 +93,15 @@ def examine(cfg: Config, *, decode: bool = False) -> None:
     table.row("memory", lambda: _memory(cfg, split))
     if table.wrong:
         raise Unfit(f"a training would stop at: {', '.join(table.wrong)}", next(iter(table.wrong.values())))
+
+
+def write_account(cfg: Config, file: Path) -> None:
+    """Write what was found, used and left out of the data set of a configuration as JSON, also if it cannot be used."""
+    try:
+        account = account_as_json(read_split(cfg.DATASETS))
+    except DataError as error:
+        account = refusal_as_json(cfg.DATASETS, error)
+    write_json(file, account)
 
 
 def _versions() -> tuple[str, None]:

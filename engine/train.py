@@ -51,7 +51,12 @@ COMMAND = Command(
     "train a model, or go on with an interrupted run",
     "Train a model. The same command goes on where an interrupted run with the same OUTPUT_DIR ended.\n"
     "torchrun starts one process per GPU.",
-    ["--config_file synthetic/tiny", "--config_file my.yml SOLVER.MAX_EPOCHS 60 OUTPUT_DIR log/long"],
+    [
+        "--config_file synthetic/tiny",
+        "--data crops --name shop",
+        "--config_file my.yml SOLVER.MAX_EPOCHS 60 OUTPUT_DIR log/long",
+    ],
+    takes_data=True,
     ending=ending,
     interrupted="the same command goes on from the newest checkpoint",
 )

@@ -46,7 +46,7 @@ def smoothed_cross_entropy(logits: Sequence[Tensor], persons: Tensor, smoothing:
     if all(map(use_triton, logits)):
         losses: Tensor = _OnGpu.apply(persons, smoothing, *logits)
         return losses
-    with torch.autocast(persons.device.type, enabled=False):
+    with torch.autocast("cuda" if persons.is_cuda else "cpu", enabled=False):
         rows = torch.cat(tuple(logits))  # (heads B, K): all heads in one call, which a small batch feels
         exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
         terms = F.cross_entropy(exact, persons.repeat(len(logits)), label_smoothing=smoothing, reduction="none")

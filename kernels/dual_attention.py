@@ -81,7 +81,7 @@ def _attend(name: str, qkv: Tensor, scale: float) -> Tensor:
         return _forward(qkv, scale)[0]
     dtype = qkv.dtype if qkv.is_cuda or HAS_TILES else torch.promote_types(qkv.dtype, torch.float32)
     query, key, value = qkv.to(dtype).permute(2, 0, 3, 1, 4)  # views (B, H, N, D)
-    with torch.autocast(qkv.device.type, enabled=False):
+    with torch.autocast("cuda" if qkv.is_cuda else "cpu", enabled=False):
         y = F.scaled_dot_product_attention(query, key, value, scale=scale)
     return y.transpose(1, 2).flatten(2).to(qkv.dtype)
 
@@ -275,7 +275,7 @@ def backward_kernel(
     delta_ptr = starts_ptr + N
     log2_scale = scale * LOG2_E
     if len(BLOCKS) > 1:
-        for first in tl.range(0, N, ROWS, num_stages=STAGES):
+        for first in tl.range(0, N, ROWS, num_stages=4):
             do = _load(do_ptr, first, N, C, D, ROWS, BLOCK_D, WHOLE)
             s_start, dp_start = _starts(out_ptr, do, lse_ptr, log2_scale, first, N, C, D, ROWS, BLOCK_D, WHOLE)
             token = first + tl.arange(0, ROWS)

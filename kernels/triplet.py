@@ -69,7 +69,7 @@ def batch_hard_triplet(
         (to_positive, to_negative, *_), (positive, negative) = pairs.unbind(), indices.unbind()
         return BatchHard(losses, to_positive, to_negative, positive, negative, valid)
     valid = valid_anchors(persons)
-    with torch.autocast(persons.device.type, enabled=False):
+    with torch.autocast("cuda" if persons.is_cuda else "cpu", enabled=False):
         exact = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in features]
         hardest = mine([x.detach() for x in exact], persons, product_dtype)  # (2, N) per head
         if product_dtype is None:

@@ -114,11 +114,8 @@ class Watch(threading.Thread):
         beat, now = self.store.add(f"beat/{self.next}", 0), monotonic()
         if beat != self.beat:
             self.beat, self.beat_since = beat, now
-        if now - self.beat_since < SILENCE_S and not self._is_gone(self.next):
-            return ""
-        if self.store.check([f"left/{self.next}"]):
-            return ""
-        return self._lose(self.next)
+        is_lost = now - self.beat_since > SILENCE_S or self._is_gone(self.next)
+        return self._lose(self.next) if is_lost and not self.store.check([f"left/{self.next}"]) else ""
 
     def _state(self, rank: int) -> tuple[str, str]:
         """The host of a process, and what is known of it there: "has ended", "hangs" or, of another host, either."""

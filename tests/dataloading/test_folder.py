@@ -8,7 +8,6 @@ import pytest
 from fusionreid.dataloading import DataError, read_split
 from fusionreid.dataloading.config import DatasetsConfig
 from fusionreid.dataloading.records import Split
-from tests import ROOT
 
 SUFFIXES = ("jpg", "JPEG", "jfif", "jpe", "png", "bmp", "gif", "tif", "webp", "ppm", "pgm", "pbm", "pnm")
 
@@ -53,19 +52,6 @@ def test_a_camera_spelt_out(tmp_path, name):
     make(tmp_path, f"train/a/{name}", "query/b/cam4.jpg", "gallery/b/came5_c3.jpg")
     split = read("folder", tmp_path)
     assert [getattr(split, part)[0].camera for part in ("train", "query", "gallery")] == [0, 1, 0]
-
-
-def test_the_list_that_the_manual_makes(tmp_path, monkeypatch):
-    make(tmp_path / "crops", *(f"{person}/{camera}_{i}.jpg" for person in ("anna", "Jörg, M", "p 3", "p4", "p5")
-                               for camera in ("hall 2_b", "Tür") for i in range(3)), "p4/.DS_Store")  # fmt: skip
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs/own-cameras.md").read_text(encoding="utf-8")
-    exec(text.split("```python")[1].split("```")[0], {})
-    split = read("csv", tmp_path / "crops.csv")
-    assert [len(getattr(split, part)) for part in ("train", "query", "gallery")] == [18, 4, 8]
-    assert {r.camera for r in split.train} == {r.camera for r in split.query} == {0, 1}
-    assert not {r.person for r in split.train} & {r.person for r in (*split.query, *split.gallery)}
-    assert all(os.path.isfile(r.path) for r in (*split.train, *split.query, *split.gallery))
 
 
 def test_a_folder_per_camera_and_links_that_lead_back(tmp_path):

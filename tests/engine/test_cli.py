@@ -43,7 +43,7 @@ def test_help_lists_every_option_with_its_meaning_and_an_example(capsys, name: s
     assert "Relative paths, of keys too, start where the command runs" in text
 
 
-def test_only_search_does_without_a_configuration(capsys) -> None:
+def test_only_search_and_own_data_do_without_a_configuration(capsys) -> None:
     _, text, _ = ask(capsys, "search", "--help")
     for option in (
         "--query PATH",
@@ -55,7 +55,7 @@ def test_only_search_does_without_a_configuration(capsys) -> None:
     ):
         assert option in text
     code, _, err = ask(capsys, "train")
-    assert (code, "required: --config_file" in err) == (2, True)
+    assert (code, "one of the arguments --config_file --data is required" in err) == (2, True)
     code, _, err = ask(capsys, "report", "--beside", "log")
     assert (code, "unknown option --beside" in err) == (2, True)
 

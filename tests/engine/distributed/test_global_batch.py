@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What two processes, then four, made of the same work; float64 unless the name says otherwise."""
     folder = tmp_path_factory.mktemp("exact")
     double = {"dtype": "float64", "sections": {}}
-    published = {"dtype": "float32", "sections": PUBLISHED}
+    published = {"dtype": "float64", "sections": PUBLISHED}
     for processes, work in (
         (2, [{"name": "two", **double}, {"name": "two fp32", **double, "dtype": "float32"},
              {"name": "two, DDP", **double, "sections": DDP}, {"name": "two, local", **double, "sections": LOCAL},
@@ -72,7 +72,7 @@ def test_in_float32_they_agree_within_its_rounding(folder: Path, one: dict[str, 
 
 @pytest.fixture(scope="module")
 def published() -> Tensor:
-    """Losses of one process in float64, the truth that float32 rounds."""
+    """Losses of one process; in float64, since hard mining makes much of a rounding within three steps."""
     return train(config(**PUBLISHED), torch.float64)["losses"]
 
 
@@ -81,7 +81,7 @@ def test_the_published_batch_trains_alike_on_any_number_of_processes(
     folder: Path, published: Tensor, processes: str
 ) -> None:
     losses = load_file(folder / f"published by {processes}")["losses"]
-    assert_close("losses", losses, published, 1e-4)
+    assert_close("losses", losses, published, 1e-9)
     assert (losses[:, 6:12] > 0.1).all(), "triplet losses, by step and head"
 
 
@@ -89,10 +89,10 @@ def test_the_published_batch_trains_alike_on_any_number_of_processes(
 def test_the_published_batch_trains_alike_on_eight_processes_with_a_person_each(
     published: Tensor, tmp_path: Path
 ) -> None:
-    run = launch(8, [{"name": "eight", "dtype": "float32", "sections": PUBLISHED}], tmp_path)
+    run = launch(8, [{"name": "eight", "dtype": "float64", "sections": PUBLISHED}], tmp_path)
     text, _ = run.communicate(timeout=500)
     assert run.returncode == 0, text
-    assert_close("losses", load_file(tmp_path / "eight")["losses"], published, 1e-4)
+    assert_close("losses", load_file(tmp_path / "eight")["losses"], published, 1e-9)
 
 
 def test_mining_alone_among_less_than_two_persons_is_refused() -> None:

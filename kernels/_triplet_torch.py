@@ -12,6 +12,7 @@ from torch import Tensor
 BLOCK_ELEMENTS = 2**20  # of the distance matrix at once
 PAIR_ROWS = 256  # anchors whose pairs are measured at once
 MIN_SQUARE = 1e-12
+FAR = 1e4  # |centre|^2 over the mean square around it, beyond which products are taken relative to the centre
 
 
 def valid_anchors(persons: Tensor) -> Tensor:
@@ -24,8 +25,8 @@ def valid_anchors(persons: Tensor) -> Tensor:
 def mine(features: Sequence[Tensor], persons: Tensor, product_dtype: torch.dtype | None) -> list[Tensor]:
     """Farthest image of the anchor's person and nearest of another, (2, N) per head.
 
-    Squares come from |x|^2 + |y|^2 - 2 x y, which cancels where all images lie far from 0 and close together: so they
-    are taken relative to a centre among the images, but for `product_dtype`.
+    Squares come from |x|^2 + |y|^2 - 2 x y, which cancels where all images lie far from 0 and close together: there
+    they are taken relative to a centre among the images, but for `product_dtype`.
     """
     rows = max(1, BLOCK_ELEMENTS // len(persons))
     if product_dtype is None:
@@ -46,10 +47,15 @@ def mine(features: Sequence[Tensor], persons: Tensor, product_dtype: torch.dtype
 
 
 def _centre(x: Tensor) -> Tensor:
-    """The median of three images, coordinate by coordinate (D,): one outlier does not move it. 0 where not finite."""
+    """The median of three images, coordinate by coordinate (D,): one outlier does not move it.
+
+    0 where it is not finite, and near 0, where rounding changes the squares by about 1e-3 of their size at most.
+    """
     a, b, c = x[0], x[len(x) // 2], x[-1]
     centre = torch.fmax(torch.fmin(a, b), torch.fmin(torch.fmax(a, b), c))
-    return centre.where(centre.isfinite(), 0)
+    centre = centre.where(centre.isfinite(), 0)
+    spread = (x - centre).square().sum(1).median()
+    return centre.where(centre.square().sum() > FAR * spread, 0)
 
 
 def noisy_distances(x: Tensor, chosen: Tensor, product_dtype: torch.dtype) -> Tensor:

@@ -176,7 +176,12 @@ def digest(suite: str) -> str:
 
 def patterns(suite: str) -> tuple[str, ...]:
     """Return the patterns of the suite's source files."""
-    return (*import_module(f"bench.suite_{suite}").SOURCES, f"bench/suite_{suite}.py", "bench/timing.py")
+    return (
+        *import_module(f"bench.suite_{suite}").SOURCES,
+        f"bench/suite_{suite}.py",
+        "bench/timing.py",
+        "bench/peak_memory.py",
+    )
 
 
 def record(rows: Sequence[Row], results: Path) -> None:

@@ -66,13 +66,41 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     _teach_the_interpreter_bf16()
 
 
+SLOW = {  # modules that take long: they start first, so that no process is left with one at the end
+    *("bench/test_builds", "bench/test_bench", "engine/distributed/test_hosts", "engine/distributed/test_global_batch"),
+    *(
+        "model/test_model",
+        "engine/training/test_training",
+        "kernels/test_triplet_kernels",
+        "kernels/test_ranking_kernels",
+    ),
+    *("engine/distributed/test_peers", "engine/distributed/test_elastic", "engine/training/test_resume"),
+    *(
+        "engine/training/test_evaluation",
+        "engine/evaluation/test_evaluation",
+        "engine/test_command",
+        "engine/test_exporter",
+    ),
+    *("kernels/test_class_attention", "kernels/test_class_attention_kernels", "kernels/test_neighbours_kernels"),
+    *("engine/monitoring/test_memory", "engine/test_own_run", "engine/test_signals", "dataloading/test_decode_workers"),
+    *("engine/checkpoints/test_retention", "model/test_weight_files", "project/test_packaging", "engine/test_doctor"),
+    *("engine/distributed/test_processes", "engine/distributed/test_compile"),
+    *("engine/reporting/test_attention_maps", "model/test_trajectory", "dataloading/test_dali"),
+}
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "sweep" not in config.option.markexpr:
         items[:] = [item for item in items if item.get_closest_marker("sweep") is None]
+    tests = Path(__file__).parent
     for item in items:
         marker = item.get_closest_marker("needs_gpu")
         if marker is not None and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {marker.args[0]}"))
+        if item.path.is_relative_to(tests) and item.path.relative_to(tests).with_suffix("").as_posix() in SLOW:
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

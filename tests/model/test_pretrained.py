@@ -35,7 +35,7 @@ def test_a_missing_checkpoint_is_named_with_key_and_remedies(tmp_path: Path) -> 
             check_weights(ModelConfig(PRETRAIN_CHOICE="checkpoint", PRETRAIN_PATH=path))
         for text in ("MODEL.PRETRAIN_PATH", repr(path), "state.json", "MODEL.PRETRAIN_CHOICE imagenet or none"):
             assert text in str(error.value)
-    for name in ("model.pth", "model.safetensors", "state.json"):
+    for name in ("model.pth", "model.safetensors", "state.json", "manifest.json"):
         (tmp_path / name).touch()
     for path in (tmp_path, tmp_path / "model.pth"):
         check_weights(ModelConfig(PRETRAIN_CHOICE="checkpoint", PRETRAIN_PATH=str(path)))

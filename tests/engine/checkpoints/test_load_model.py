@@ -28,4 +28,6 @@ def test_newest_unless_the_best_or_another_is_asked_for(tmp_path: Path) -> None:
     checkpoint.write_progress(folder, Progress(2, best=1, score=0.5))
     assert find_checkpoint(asked(tmp_path, "")) == saved[1]
     assert find_checkpoint(asked(tmp_path, "best")) == saved[0]
-    assert find_checkpoint(asked(tmp_path, "elsewhere.pth")) == Path("elsewhere.pth")
+    elsewhere = tmp_path / "elsewhere.pth"
+    elsewhere.touch()
+    assert find_checkpoint(asked(tmp_path, str(elsewhere))) == elsewhere

@@ -1,7 +1,7 @@
-"""The YAML dialect of ReID configurations: text and `KEY VALUE` overrides -> dotted keys with values and places.
+"""YAML as ReID configurations write it: text and `KEY VALUE` overrides -> dotted keys with values and places.
 
 An unquoted value is a switch (yes/no/on/off), else what Python reads it as (`1e-4`, `('msmt17')`, `(12, 12)`), else
-text; a quoted one is text. A key set twice is a mistake; anchors, aliases and tags are not part of the dialect.
+text; a quoted one is text. A key set twice is a mistake; anchors, aliases and tags are not supported.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""The public list of ops: each has its twin in plain torch, without tricks, in `fusionreid.kernels.reference`.
+"""The public list of ops: each has a reference implementation in `fusionreid.kernels.reference`.
 
 An op is imported when it is first asked for, so that a search does not load what only a model needs.
 """

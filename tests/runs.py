@@ -38,13 +38,13 @@ def arguments(root: Path, output: Path, **keys: object) -> list[str]:
     return ["--config_file", str(ROOT / "configs/synthetic/tiny.yml"), *(f"{k}={v}" for k, v in settings.items())]
 
 
-def command(*argv: str, processes: int = 1, door: str = "train", restarts: int = 0) -> subprocess.Popen[str]:
+def command(*argv: str, processes: int = 1, script: str = "train", restarts: int = 0) -> subprocess.Popen[str]:
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         launcher += ["--max-restarts", str(restarts)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*launcher, str(ROOT / f"engine/{door}.py"), *argv], env=environment, text=True,
+    return subprocess.Popen([*launcher, str(ROOT / f"engine/{script}.py"), *argv], env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
 
 

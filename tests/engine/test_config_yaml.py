@@ -1,4 +1,4 @@
-"""The YAML dialect: what a value means, and every kind of mistake with its place, its rule and what came."""
+"""YAML as ReID configurations write it: what a value means, and every mistake with its place and its rule."""
 
 from pathlib import Path
 

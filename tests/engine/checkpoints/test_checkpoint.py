@@ -89,7 +89,7 @@ def test_a_kill_between_two_renames_costs_no_checkpoint_of_a_step_that_is_saved_
 
 
 @pytest.mark.parametrize("step", [2, 3])  # 2: replaces one of the same step; 3: a new one, which purges the first
-def test_row_3_and_4_a_kill_at_any_call_leaves_the_newest_whole_one(
+def test_a_kill_at_any_call_leaves_the_newest_whole_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     places = [(os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"), (checkpoint, "save_file"),
@@ -126,7 +126,7 @@ def test_row_3_and_4_a_kill_at_any_call_leaves_the_newest_whole_one(
     assert kills > 12
 
 
-def test_row_4_a_kill_at_any_byte(tmp_path: Path) -> None:
+def test_a_kill_at_any_byte(tmp_path: Path) -> None:
     save(tmp_path, 1)
     largest = max(file.stat().st_size for file in save(tmp_path, 9).iterdir())
     shutil.rmtree(tmp_path / "step-00000009")
@@ -151,7 +151,7 @@ FULL = [(checkpoint, "save_file", errno.ENOSPC), (os, "fsync", errno.EIO), (os, 
 
 
 @pytest.mark.parametrize(("place", "name", "code"), FULL)
-def test_row_5_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place, name: str, code: int) -> None:
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place, name: str, code: int) -> None:
     save(tmp_path, 1)
 
     def full(*_: object, **__: object) -> None:
@@ -166,9 +166,7 @@ def test_row_5_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plac
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
 
-def test_row_5_no_room_is_seen_beforehand_and_a_file_in_the_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_room_is_seen_beforehand_and_a_file_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file"):
         save(tmp_path / "file", 1)

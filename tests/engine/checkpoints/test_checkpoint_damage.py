@@ -29,7 +29,7 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_row_6_a_truncated_file_is_named_and_the_one_before_taken(root: Path, name: str, caplog) -> None:
+def test_a_truncated_file_is_named_and_the_one_before_taken(root: Path, name: str, caplog) -> None:
     path = root / "step-00000002"
     whole = (path / name).read_bytes()
     for cut in [None, *(len(whole) * i // 20 for i in range(20))]:
@@ -44,7 +44,7 @@ def test_row_6_a_truncated_file_is_named_and_the_one_before_taken(root: Path, na
     checkpoint.load(path)
 
 
-def test_row_7_a_thousand_flipped_bits_are_all_found(root: Path) -> None:
+def test_a_thousand_flipped_bits_are_all_found(root: Path) -> None:
     path, draw = root / "step-00000002", random.Random(1111)
     whole = {name: (path / name).read_bytes() for name in FILES}
     places = [(name, i) for name, data in whole.items() for i in range(len(data))]
@@ -67,7 +67,7 @@ def test_nothing_whole_is_not_a_fresh_start(root: Path) -> None:
         checkpoint.load(root / "step-00000009")
 
 
-def test_row_9_another_format_version(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_format_version(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fusionreid.weights.checkpoint_files.FORMAT", FORMAT + 1)
     with pytest.raises(CheckpointError, match="has checkpoint format 1, this is 2"):
         checkpoint.load(root / "step-00000002")
@@ -75,7 +75,7 @@ def test_row_9_another_format_version(root: Path, monkeypatch: pytest.MonkeyPatc
         checkpoint.latest(root)
 
 
-def test_row_9_format_1_as_released_is_read() -> None:
+def test_format_1_as_released_is_read() -> None:
     tensors, state = checkpoint.load(FIXTURES / "checkpoints" / "format-1")
     assert tensors["model"]["weight"].tolist() == [[0.5, -1.25], [3.0, 0.0]]
     assert tensors["optimizer"]["weight/momentum_buffer"].tolist() == [[1.0, 2.0], [3.0, 4.0]]
@@ -107,7 +107,7 @@ FORGED = {
 
 
 @pytest.mark.parametrize("kind", FORGED)
-def test_row_10_forged_tensors_run_nothing(root: Path, tmp_path: Path, kind: str) -> None:
+def test_forged_tensors_run_nothing(root: Path, tmp_path: Path, kind: str) -> None:
     path = root / "step-00000002"
     (path / "model.safetensors").write_bytes(FORGED[kind](tmp_path / "canary"))
     forge(path)
@@ -122,7 +122,7 @@ def manifest_of(files: object) -> bytes:
     return seal({"format": FORMAT, "files": files})
 
 
-def test_row_10_forged_json_and_names(root: Path) -> None:
+def test_forged_json_and_names(root: Path) -> None:
     path = root / "step-00000002"
     (path / "state.json").write_text("[" * 200_000)
     forge(path)
@@ -145,7 +145,7 @@ def test_row_10_forged_json_and_names(root: Path) -> None:
         checkpoint.verify(path)
 
 
-def test_row_11_what_does_not_fit_is_tabled() -> None:
+def test_what_does_not_fit_is_tabled() -> None:
     ours = {"classifier.weight": torch.zeros(751, 8), "bn.bias": torch.zeros(8), "new": torch.zeros(1), "classes": 751}
     theirs = {"classifier.weight": torch.zeros(1041, 8), "bn.bias": torch.zeros(8).half(), "classes": 1041, "old": 1}
     with pytest.raises(CheckpointError) as caught:

@@ -57,7 +57,7 @@ def results(output: Path) -> dict:
 
 
 def test_two_processes_find_what_one_finds(data: Path, weights: Path, evaluated: Path, tmp_path: Path) -> None:
-    run = command(*arguments(data, tmp_path, TEST__WEIGHT=weights, **ASKED), processes=2, door="evaluate")
+    run = command(*arguments(data, tmp_path, TEST__WEIGHT=weights, **ASKED), processes=2, script="evaluate")
     code, text = finish(run)
     assert code == 0, text
     one, two = (embeddings.load(folder / "embeddings") for folder in (evaluated, tmp_path))
@@ -152,7 +152,7 @@ def test_stored_embeddings_are_ranked_again_to_the_same_numbers(data: Path, eval
     assert again["thresholds"] == first["thresholds"]
     assert [point["false_positive_rate"] for point in first["thresholds"]] == [1e-2]  # of a few hundred pairs
     assert again["checkpoint"] == first["checkpoint"]
-    run = command(*arguments(data, tmp_path / "two", **stored, **ASKED), processes=2, door="evaluate")
+    run = command(*arguments(data, tmp_path / "two", **stored, **ASKED), processes=2, script="evaluate")
     code, text = finish(run)
     assert code == 0, text
     assert results(tmp_path / "two")["results"] == first["results"]

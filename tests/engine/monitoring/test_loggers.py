@@ -55,7 +55,7 @@ def test_trackers_get_what_the_log_has(tmp_path: Path, trackers: Path) -> None:
     assert list((output / "tensorboard").glob("events*"))
 
 
-def test_row_40_a_tracker_that_is_offline_costs_its_own_curves_alone(tmp_path: Path, trackers: Path, caplog) -> None:
+def test_a_tracker_that_is_offline_costs_its_own_curves_alone(tmp_path: Path, trackers: Path, caplog) -> None:
     (trackers / "wandb.py").write_text("def init(**_): raise ConnectionError('no route')")
     log = Metrics(tmp_path, total_steps=9, loggers=logger_factories(("wandb", "trackio"), tmp_path, 0, "0a1b", {}))
     for step in (1, 2):

@@ -71,7 +71,7 @@ assert memory.peak() >= before + 60 * 2**20
     (MemoryError(), None),
 ])  # fmt: skip
 @pytest.mark.parametrize("failing_step", [0, 2])
-def test_row_32_a_step_that_does_not_fit(
+def test_a_step_that_does_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd, error: Exception, asked: str | None, failing_step: int
 ) -> None:
     whole = TrainStep.__call__

@@ -121,7 +121,7 @@ def closed() -> io.StringIO:
 
 
 @pytest.mark.parametrize("stdout", [lambda: None, closed, Broken, partial(open, "/dev/full", "w")])
-def test_row_40_nothing_that_a_log_meets_ends_a_training(tmp_path: Path, monkeypatch, caplog, stdout) -> None:
+def test_nothing_that_a_log_meets_ends_a_training(tmp_path: Path, monkeypatch, caplog, stdout) -> None:
     (tmp_path / "tensorboard").write_text("in the way")
     monkeypatch.setattr(sys, "stdout", stdout())
     log = Metrics(tmp_path, total_steps=3)
@@ -136,7 +136,7 @@ def test_row_40_nothing_that_a_log_meets_ends_a_training(tmp_path: Path, monkeyp
     assert len(said) == len(set(said))
 
 
-def test_row_40_a_board_that_fails_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_board_that_fails_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = Metrics(tmp_path, total_steps=3)
     monkeypatch.setattr(log._loggers["tensorboard"], "log", lambda *_: 1 / 0)
     for step in (1, 2):
@@ -177,7 +177,7 @@ def read_all(descriptor: int) -> bytes:
     return b"".join(parts)
 
 
-def test_row_40_plain_letters_and_a_narrow_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_letters_and_a_narrow_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     log = Metrics(tmp_path, total_steps=3)
@@ -204,7 +204,7 @@ def test_row_40_plain_letters_and_a_narrow_terminal(tmp_path: Path, monkeypatch:
     assert max(len(line) for part in bar.split("\r") for line in part.split("\n")) <= 20
 
 
-def test_row_40_a_run_without_end_is_logged(tmp_path: Path) -> None:
+def test_a_run_without_end_is_logged(tmp_path: Path) -> None:
     log = Metrics(tmp_path, total_steps=10**18, loggers={})
     time.sleep(0.001)
     log.log(1, loss=1.0)

@@ -19,7 +19,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("epoch", "code", "best"), [(2, 0, 0.2), (3, 4, 0.9)])
-def test_row_5_a_disk_that_is_full_once_costs_a_checkpoint_and_at_the_end_the_success(
+def test_a_disk_that_is_full_once_costs_a_checkpoint_and_at_the_end_the_success(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int, code: int, best: float
 ) -> None:
     """And a best checkpoint is one that is there."""

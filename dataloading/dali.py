@@ -120,8 +120,11 @@ class DaliDecoder:
 
 
 def _source(paths: Sequence[str], waiting: deque[Inputs]) -> Callable[[], tuple[np.ndarray, ...]]:
-    """Return the callback that gives DALI a batch: file names in rows of one length, filled up with zeros, then, where
-    the graph augments, what its crop starts at and whether it is mirrored."""
+    """Return the callback that gives DALI a batch.
+
+    File names in rows of one length, filled up with zeros, then, where the graph augments, what its crop starts at and
+    whether it is mirrored.
+    """
     names = [os.fsencode(path) for path in paths]
     length = max(map(len, names), default=0) + 1
     table = np.frombuffer(b"".join(name.ljust(length, b"\0") for name in names), np.uint8).reshape(-1, length)

@@ -41,6 +41,7 @@ class Command:
 
     @property
     def name(self) -> str:
+        """Name of the command."""
         return self.work.__name__
 
 
@@ -82,6 +83,7 @@ class Parser(argparse.ArgumentParser):
         return self.parse_intermixed_args(words)
 
     def error(self, message: str) -> NoReturn:
+        """End with exit code 2 and one line that names the remedy."""
         self.exit(2, f"error: {message}\nSee {self.prog} --help\n")
 
 

@@ -18,6 +18,7 @@ MEANT = {  # what other programs call it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     overview, commands = build()
     first = words[0] if words else "--help"

@@ -63,6 +63,7 @@ class Results(Output):
         self._file, self._line = file, ""
 
     def write(self, text: str) -> int:
+        """Write with control characters made visible, each whole line to the file too."""
         super().write(visible(text))
         if self._file is not None:
             *lines, self._line = (self._line + text).split("\n")

@@ -38,6 +38,8 @@ RULES = {  # the types of pydantic's errors, in the words of a configuration
 
 
 class Setting(NamedTuple):
+    """A value and the place where it was set."""
+
     value: Any
     where: str  # "configs/synthetic/tiny.yml:12" or "override"
 

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     return command.run(COMMAND, argv)
 
 
 def doctor(cfg: "Config", *, decode: bool, json: Path | None = None) -> None:
+    """Check everything that a training needs."""
     from fusionreid.engine.preflight import examine, write_account
 
     if json:
@@ -32,6 +34,7 @@ def doctor(cfg: "Config", *, decode: bool, json: Path | None = None) -> None:
 
 
 def options(parser: ArgumentParser) -> None:
+    """Add the options of the command."""
     parser.add_argument("--decode", action="store_true", help="also decode every image file whole, in parallel")
     what = "also write what was found, used and left out to a file, as in account.json"
     parser.add_argument("--json", type=arguments.path, metavar="FILE", help=what)

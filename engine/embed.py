@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     return command.run(COMMAND, argv)
 
 
 def embed(cfg: "Config", *, images: Path, output: Path) -> None:
+    """Embed images into a folder of vectors."""
     from fusionreid.engine.distributed import parallel
     from fusionreid.engine.evaluation import embeddings
     from fusionreid.engine.evaluation.extract import embed_to_folder
@@ -40,6 +42,7 @@ def embed(cfg: "Config", *, images: Path, output: Path) -> None:
 
 
 def options(parser: ArgumentParser) -> None:
+    """Add the options of the command."""
     what = "an image, or a folder with images in it or below it, as in crops/"
     where = "where the vectors and index.json go, as in log/crops; replaced if it holds embeddings"
     parser.add_argument("--images", required=True, type=arguments.path, metavar="PATH", help=what)
@@ -47,6 +50,7 @@ def options(parser: ArgumentParser) -> None:
 
 
 def ending(_cfg: "Config", *, images: Path, output: Path) -> Ending:
+    """Say what was written and what usually comes next."""
     return Ending([output], search_in(output))
 
 

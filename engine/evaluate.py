@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     return command.run(COMMAND, argv)
 
 
 def evaluate(cfg: "Config", *, baselines: bool) -> None:
+    """Rank the gallery for every query, by a checkpoint or by stored embeddings."""
     from fusionreid.engine.monitoring import memory
     from fusionreid.engine.storage import lock
 
@@ -39,11 +41,13 @@ def evaluate(cfg: "Config", *, baselines: bool) -> None:
 
 
 def options(parser: ArgumentParser) -> None:
+    """Add the options of the command."""
     what = "also rank by an untrained network and by colour histograms"
     parser.add_argument("--baselines", action="store_true", help=what)
 
 
 def ending(cfg: "Config", *, baselines: bool) -> Ending:
+    """Say what was written and what usually comes next."""
     output = Path(cfg.OUTPUT_DIR)
     if cfg.TEST.EMBEDDINGS:
         return Ending([output / "metrics.json"], search_in(cfg.TEST.EMBEDDINGS))

@@ -23,21 +23,25 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     return command.run(COMMAND, argv)
 
 
 def export(cfg: "Config", *, output: Path) -> None:
+    """Write the model as one file that runs without this project."""
     from fusionreid.engine.exporter import export_model
 
     export_model(cfg, output)
 
 
 def options(parser: ArgumentParser) -> None:
+    """Add the options of the command."""
     which = "the file to write: model.onnx for ONNX Runtime and others, model.pt2 for torch.export.load"
     parser.add_argument("--output", required=True, type=arguments.path, metavar="FILE", help=which)
 
 
 def ending(_cfg: "Config", *, output: Path) -> Ending:
+    """Say what was written and what usually comes next."""
     runner = "onnxruntime.InferenceSession" if output.suffix == ".onnx" else "torch.export.load"
     return Ending([output, f"{output}.json"], f"load it with {runner}; the .json beside it lists inputs and outputs")
 

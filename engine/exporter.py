@@ -54,6 +54,7 @@ class FromPixels(nn.Module):
             self.register_buffer(name, torch.tensor(values))
 
     def forward(self, images: Tensor, cameras: Tensor | None = None) -> Tensor:
+        """Vectors (B, D) of images (B, H, W, 3), uint8."""
         pixels = (images.float() / 255 - self.mean) / self.std
         return feature_vectors(self.model, pixels.permute(0, 3, 1, 2), cameras, test=self.test)
 

@@ -22,21 +22,25 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     return command.run(COMMAND, argv)
 
 
 def report(cfg: "Config", *, compare: Sequence[Path]) -> None:
+    """Draw the report of a run again, others beside it if asked."""
     from fusionreid.engine.reporting.runs import draw_report
 
     draw_report(Path(cfg.OUTPUT_DIR), cfg, compare)
 
 
 def options(parser: ArgumentParser) -> None:
+    """Add the options of the command."""
     other = "OUTPUT_DIR of another run to show as well, as in log/baseline; may be repeated"
     parser.add_argument("--compare", action="append", default=[], type=arguments.path, metavar="FOLDER", help=other)
 
 
 def ending(cfg: "Config", *, compare: Sequence[Path]) -> Ending:
+    """Say what was written and what usually comes next."""
     return Ending([Path(cfg.OUTPUT_DIR) / "report.html"], "open it in a browser")
 
 

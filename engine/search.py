@@ -29,10 +29,12 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     return command.run(COMMAND, argv)
 
 
 def search(cfg: "Config", *, query: Path, gallery: Path, top: int, at_least: float, json: Path | None) -> None:
+    """Print the gallery images nearest to each query."""
     from fusionreid.dataloading.records import printable
     from fusionreid.files import write_json
 
@@ -50,6 +52,7 @@ def search(cfg: "Config", *, query: Path, gallery: Path, top: int, at_least: flo
 
 
 def options(parser: ArgumentParser) -> None:
+    """Add the options of the command."""
     kinds = "an image, a folder of images, a folder of embeddings as embed writes it, or an evaluated run"
     parser.add_argument("--query", required=True, type=arguments.path, metavar="PATH",
                         help=f"whom to look for: {kinds}; as in lost.jpg")  # fmt: skip
@@ -62,6 +65,7 @@ def options(parser: ArgumentParser) -> None:
 
 
 def ending(_cfg: "Config", *, json: Path | None, **_: object) -> Ending:
+    """Say what was written and what usually comes next."""
     tip = f"{command_line('evaluate')} --config_file FILE TEST.DETAILS yes tells from which cosine on two images show "
     return Ending([json] if json else [], f"{tip}one person")
 

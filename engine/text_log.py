@@ -26,6 +26,7 @@ class Formatter(logging.Formatter):
     """A line with time, level and rank that no terminal takes for a command."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
         return visible(super().format(record))
 
 
@@ -46,10 +47,12 @@ class FolderHandler(logging.Handler):
         self._file: TextIO | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Append a record to the file, or keep it until the folder is there."""
         self._early.append(f"{self.format(record)}\n")
         self.flush()
 
     def flush(self) -> None:
+        """Write what was kept, once the folder is there."""
         with suppress(OSError, ValueError):
             if self._file is None and self.folder is not None and self.folder.is_dir():
                 self._file = open(self.folder / FILE, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
@@ -59,6 +62,7 @@ class FolderHandler(logging.Handler):
                 self._file.flush()
 
     def close(self) -> None:
+        """Close the file."""
         self.flush()
         if self._file is not None:
             with suppress(OSError, ValueError):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     return command.run(COMMAND, argv)
 
 
@@ -41,6 +42,7 @@ def train(cfg: "Config") -> None:
 
 
 def ending(cfg: "Config") -> Ending:
+    """Say what was written and what usually comes next."""
     from fusionreid.engine.checkpoints.checkpoint import checkpoints
 
     return Ending(checkpoints(Path(cfg.OUTPUT_DIR) / "checkpoints")[-1:], "evaluate")

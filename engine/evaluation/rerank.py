@@ -83,8 +83,10 @@ def rerank_blocks(
 def _reciprocal_sets(
     neighbours: Tensor, distances: Tensor, num_half: int, mine: slice
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Entries (row of `mine`, column), sorted: each image's k-reciprocal set, grown by its members' half-size sets that
-    lie in it by more than 2/3. Third, their squared distances, NaN where the column is no neighbour of the row."""
+    """Entries (row of `mine`, column), sorted, and their squared distances, NaN where no neighbour of the row.
+
+    Each image's k-reciprocal set, grown by its members' half-size sets that lie in it by more than 2/3.
+    """
     half = neighbours[:, :num_half]
     mutual, mutual_half = _is_mutual(neighbours, mine), _is_mutual(half, slice(0, len(half)))
     num_images, own_neighbours, entries, squares = len(neighbours), neighbours[mine], [], []
@@ -165,8 +167,10 @@ class _Sparse(NamedTuple):
 
 
 def _meet_by_column(queries: _Sparse, gallery: _Sparse, num_gallery: int, overlap: Tensor) -> None:
-    """Add sum_x min(V[q, x], V[g, x]) to overlap (b * G,), of two transposed matrices: in each column x, all queries
-    meet all gallery."""
+    """Add sum_x min(V[q, x], V[g, x]) to overlap (b * G,), of two transposed matrices.
+
+    In each column x, all queries meet all gallery.
+    """
     columns = zip(
         (queries.column.long() * num_gallery)[:, None].split(queries.length.tolist()),
         queries.value[:, None].split(queries.length.tolist()),

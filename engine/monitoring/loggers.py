@@ -16,9 +16,11 @@ class Logger(Protocol):
     """Receives the numbers of a log line."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the numbers of a step as curves."""
         """Add a point to each curve."""
 
     def close(self) -> None:
+        """Close the file."""
         """Write what is still buffered."""
 
 
@@ -53,11 +55,13 @@ class TensorBoard:
         self._writer: Any = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the numbers of a step as points of curves."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def close(self) -> None:
+        """Close the event file."""
         self._writer.close()
 
 
@@ -71,7 +75,9 @@ class Tracker:
         self._module.init(project=PROJECT, name=title, config=dict(settings), resume="allow", **own)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the numbers of a step."""
         self._module.log(dict(values), step=step)
 
     def close(self) -> None:
+        """End the run of the tracker."""
         self._module.finish()

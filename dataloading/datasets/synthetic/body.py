@@ -35,6 +35,7 @@ class Limbs:
         self, material: int, a: Iterable[float], b: Iterable[float], ra: float, rb: float, *, bulge: float = 0.0,
         cap: float = 1.0, depth: float = 1.0, layer: float = 0.0, opacity: float = 1.0,
     ) -> None:  # fmt: skip
+        """Add a limb from a to b, with radii ra and rb."""
         self.rows.append((*a, *b, ra, rb, bulge, cap, depth, layer, material, opacity))
 
 

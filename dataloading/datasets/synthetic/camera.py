@@ -18,6 +18,8 @@ PASSERS_BY = 1 << 40  # persons from here on walk into the pictures of others
 
 @dataclass(frozen=True)
 class Camera:
+    """A camera: where it looks, and how it renders."""
+
     yaw: float  # radians: the direction in which most people walk
     tilt: float  # radians downwards
     distance: float  # metres

@@ -28,6 +28,8 @@ SKIN, HAIR, TOP, BOTTOM, SHOES, SOLES, LEGS, BAG, PRINT, HAT, DARK = range(11)  
 
 @dataclass(frozen=True)
 class Person:
+    """Build, clothes and things of a rendered person."""
+
     height: float  # metres
     girth: float  # this and the next three: over the mean build
     shoulders: float

@@ -16,11 +16,9 @@ class Logger(Protocol):
     """Receives the numbers of a log line."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the numbers of a step as curves."""
         """Add a point to each curve."""
 
     def close(self) -> None:
-        """Close the file."""
         """Write what is still buffered."""
 
 

@@ -14,7 +14,7 @@ demo: .venv/installed  ## render a data set, train on it, evaluate beside two ba
 	$(BIN)/python engine/evaluate.py --config_file configs/synthetic/tiny.yml --baselines
 
 test: .venv/installed  ## all tests; `-m 'not slow'` is the quick part
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 sanitize: .venv/installed  ## every Triton kernel as compiled for sm_90, executed on the CPU in fp32, fp16 and bf16
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/sanitize -m sanitize --numprocesses 2

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import import_module
 from math import prod
 from pathlib import Path
@@ -174,23 +175,21 @@ def _cuobjdump(*arguments: str) -> str:
 
 def report(suite: str) -> list[dict[str, Any]]:
     """Compile every launch of a suite for every GPU, in two processes."""
-    launches = list(import_module(f"bench.suite_{suite}").launches())
-    jobs = [(launch, capability) for launch in launches for capability in CAPABILITIES]
-    fork = multiprocessing.get_context("fork")  # a launch is a closure: it is inherited, not sent
-    with ProcessPoolExecutor(2, fork, _inherit, (jobs,)) as pool:
-        return [row for rows in pool.map(_rows, range(len(jobs))) for row in rows]
+    count = len(_jobs(suite))
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit the locks of the compiler's threads
+    with ProcessPoolExecutor(2, spawn) as pool:
+        return [row for rows in pool.map(_rows, [suite] * count, range(count)) for row in rows]
 
 
-_jobs: list[tuple[Launch, int]] = []
+@cache
+def _jobs(suite: str) -> list[tuple[Launch, int]]:
+    """A launch is a closure, which cannot be sent: every process makes its own."""
+    launches = import_module(f"bench.suite_{suite}").launches()
+    return [(launch, capability) for launch in launches for capability in CAPABILITIES]
 
 
-def _inherit(jobs: list[tuple[Launch, int]]) -> None:
-    global _jobs
-    _jobs = jobs
-
-
-def _rows(number: int) -> list[dict[str, Any]]:
-    launch, capability = _jobs[number]
+def _rows(suite: str, number: int) -> list[dict[str, Any]]:
+    launch, capability = _jobs(suite)[number]
     found = builds(launch.call, capability)
     return [
         {

@@ -176,13 +176,17 @@ def start(store: "Store", rank: int, world_size: int) -> None:
 
 
 def stop(*, done: bool = False) -> None:
-    """Watch no longer: this process is about to end; if its work is done, the others go on without it."""
+    """Watch no longer: this process is about to end; if its work is done, the others go on without it.
+
+    The thread has ended then: Python aborts a process that ends while a thread of it is in the store.
+    """
     global _watch
     if _watch is not None:
         _watch.ended.set()
         if done:
             with suppress(RuntimeError):
                 _watch.store.set(f"left/{_watch.rank}", "")
+        _watch.join(GRACE_S / 4)
         _watch = None
 
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from fusionreid.engine.checkpoints import checkpoint
+from fusionreid.engine.distributed import peers
 from tests import ROOT
 from tests.runs import arguments
 
@@ -124,3 +126,29 @@ peers.stop(done=True)
 """)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     subprocess.run(launcher, check=True, timeout=120)
+
+
+def test_no_thread_is_left_in_the_store_when_a_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python would abort the process."""
+
+    class SlowStore:
+        def clone(self) -> "SlowStore":
+            return self
+
+        def set(self, key: str, value: str) -> None:
+            pass
+
+        def check(self, keys: list[str]) -> bool:
+            return False
+
+        def add(self, key: str, number: int) -> int:
+            called.set()
+            time.sleep(0.5)
+            return 0
+
+    called = threading.Event()
+    monkeypatch.setattr(peers, "INTERVAL_S", 0.0)
+    peers.start(SlowStore(), 0, 2)
+    called.wait()
+    peers.stop()
+    assert "watch over peers" not in [thread.name for thread in threading.enumerate()]

@@ -5,54 +5,14 @@ import json
 import os
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from PIL import Image
 
-from fusionreid.dataloading.datasets.synthetic import render_person
 from fusionreid.engine.evaluate import main as evaluate
 from fusionreid.engine.reporting.run_record import cosine_text
 from fusionreid.engine.train import main as train
+from tests.engine.reporting.own import CAMERAS, PERSONS, Run
 from tests.engine.reporting.pages import Page, page_of
-from tests.runs import arguments
-
-PERSONS = "Anna Müller", "client 7", "0031", "Bob <b>", "no 5", "Zoë", "guest & co", "staff-1"
-CAMERAS = "front door", "hall"
-
-
-class Run(NamedTuple):
-    """A run on own data, and what its report showed after training."""
-
-    output: Path
-    argv: list[str]
-    trained: str
-
-
-def render(root: Path) -> None:
-    """Half of the persons to train on, the others as query and gallery, each by both cameras."""
-    for number, person in enumerate(PERSONS):
-        for c, camera in enumerate(CAMERAS):
-            for i in range(4):
-                part = "train" if number < 4 else "query" if i == 0 else "gallery"
-                folder = root / part / person / camera
-                folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(render_person(1, number + 1, c, i, (32, 16))).save(folder / f"{i}.png")
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    root, output = tmp_path_factory.mktemp("own"), tmp_path_factory.mktemp("log") / "shop"
-    render(root)
-    argv = arguments(root, output, DATASETS__NAMES="folder", SOLVER__EVAL_PERIOD=1, SOLVER__MAX_EPOCHS=2)
-    assert train(argv) == 0
-    return Run(output, argv, (output / "report.html").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="session")
-def evaluated(run: Run) -> Run:
-    assert evaluate([*run.argv, "TEST.RE_RANKING=yes"]) == 0
-    return run
 
 
 def test_training_leaves_a_report_at_each_evaluation(run: Run) -> None:

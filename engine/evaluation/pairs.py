@@ -32,6 +32,8 @@ def distance_range(blocks: Iterable[Tensor], ids: Ids, *, gather: Gather = lambd
     """Return the least and the largest squared distance of a pair."""
     low, high = math.inf, -math.inf
     for block, (person, gallery_person, camera, gallery_camera) in with_ids(blocks, ids):
+        if not len(block):  # of many processes some have no query
+            continue
         junk = (gallery_person == person[:, None]) & (gallery_camera == camera[:, None])
         low = min(low, block.masked_fill(junk, math.inf).min().item())
         high = max(high, block.masked_fill(junk, -math.inf).max().item())

@@ -163,9 +163,8 @@ def test_charts_speak_and_pictures_are_there(browser: "Browser", evaluated: Run)
     for chart in charts.all():
         named = chart.get_attribute("aria-labelledby") or ""
         assert all(page.locator(f"#{name}").text_content() for name in named.split())
-        width, font = chart.evaluate(
-            "one => [one.getBoundingClientRect().width, parseFloat(getComputedStyle(one.querySelector('text')).fontSize)]"
-        )
+        width = chart.evaluate("one => one.getBoundingClientRect().width")
+        font = chart.locator("text").first.evaluate("one => parseFloat(getComputedStyle(one).fontSize)")
         assert 300 < width <= 360
         assert font * width / WIDTH >= 10, "pixels of a letter on a phone"
     widths = page.locator("img").evaluate_all("all => all.map(one => one.naturalWidth)")

@@ -35,11 +35,12 @@ from fusionreid.engine.evaluation.evaluator import (
 from fusionreid.engine.evaluation.extract import embed, images_of, own_rows, store
 from fusionreid.engine.evaluation.finite import ROWS_AT_ONCE, check_finite
 from fusionreid.engine.evaluation.measures import Ids
+from fusionreid.engine.evaluation.names import KEY, Names
 from fusionreid.engine.evaluation.retrieval import Ranking, check_matches
 from fusionreid.engine.monitoring import memory
 from fusionreid.engine.monitoring.manifest import describe_data, recorded_data
 from fusionreid.engine.reporting.attention import attention_maps, grad_cam
-from fusionreid.engine.reporting.queries import SHOWN_IMAGES, Names
+from fusionreid.engine.reporting.queries import SHOWN_IMAGES
 from fusionreid.engine.reporting.summary import add_details, shown_queries, write_report, write_results
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
     features = embed(model, images, cameras, cfg, ranks)
     source = _source(cfg, split, describe_data(split), path)
     mine = features[own_rows(len(records), ranks)]
-    store(folder, mine.split(ROWS_AT_ONCE), (len(mine), mine.shape[1]), records, num_query, source, ranks)
+    named = {**source, **Names.of(split).as_source()}
+    store(folder, mine.split(ROWS_AT_ONCE), (len(mine), mine.shape[1]), records, num_query, named, ranks)
     rankings = rank_all(features, num_query, ids, cfg, ranks)
     if baselines:
         torch.manual_seed(cfg.SOLVER.SEED)
@@ -115,8 +117,10 @@ def evaluate_stored(cfg: Config) -> None:
     check_matches(*ids)
     check_finite(stored.features, stored.records)
     rankings = rank_all(stored.features, stored.num_query, ids, cfg, ranks)
-    source = {**stored.source, "embeddings": cfg.TEST.EMBEDDINGS, "ranking": cfg.TEST.model_dump(mode="json")}
-    _write(cfg, stored.features, stored.num_query, ids, rankings, source, ranks, Names())
+    kept = {key: value for key, value in stored.source.items() if key != KEY}
+    source = {**kept, "embeddings": cfg.TEST.EMBEDDINGS, "ranking": cfg.TEST.model_dump(mode="json")}
+    names = Names.from_source(stored.source)
+    _write(cfg, stored.features, stored.num_query, ids, rankings, source, ranks, names)
     parallel.finish()
 
 

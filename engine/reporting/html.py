@@ -58,7 +58,12 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 def render_page(title: str, facts: Sequence[Fact], sections: Sequence[Section]) -> str:
-    """Fill the template; it escapes all that it is given."""
+    """Fill the report's template."""
+    return render(TEMPLATE.name, title=title, facts=facts, sections=sections, cosine_text=cosine_text)
+
+
+def render(template: str, **values: object) -> str:
+    """Fill a template of this folder; it escapes all that it is given."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE.parent),
         autoescape=True,
@@ -66,9 +71,7 @@ def render_page(title: str, facts: Sequence[Fact], sections: Sequence[Section]) 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page: str = environment.get_template(TEMPLATE.name).render(
-        title=title, facts=facts, sections=sections, cosine_text=cosine_text
-    )
+    page: str = environment.get_template(template).render(**values)
     return page
 
 

@@ -8,13 +8,14 @@ import base64
 from collections import Counter
 from collections.abc import Mapping
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from fusionreid.dataloading.records import Record, Split, printable
+from fusionreid.engine.evaluation.names import Names
 
 THUMBNAIL = (96, 192)  # width, height in pixels that a picture fits in
 EACH = 2  # queries shown of the best, the median and the worst
@@ -26,25 +27,15 @@ DARKEST = 0.25  # share of the light that is left where a map is 0
 Maps = Mapping[str, Tensor]  # what a map shows -> maps (n, h, w), one per shown query
 
 
-class Names(NamedTuple):
-    """Names of persons and cameras as their owner wrote them; numbers, cameras from 1, where there are none."""
+def person_name(names: Names, number: int) -> str:
+    """Name a person; 0 is a distractor, whom no query shows."""
+    name = printable(names.person(number) or "")
+    return name if number else f"{name} (distractor)"
 
-    persons: Mapping[int, str] = {}
-    cameras: Mapping[int, str] = {}
 
-    @classmethod
-    def of(cls, split: Split) -> "Names":
-        """Names of a data set."""
-        return cls(split.person_names, split.camera_names)
-
-    def person(self, number: int) -> str:
-        """Name of a person; 0 is a distractor, whom no query shows."""
-        name = printable(self.persons.get(number, str(number)))
-        return name if number else f"{name} (distractor)"
-
-    def camera(self, number: int) -> str:
-        """Name of a camera."""
-        return printable(self.cameras.get(number, str(number + 1)))
+def camera_name(names: Names, number: int) -> str:
+    """Name a camera."""
+    return printable(names.camera(number) or "")
 
 
 def choose_queries(average_precision: np.ndarray, each: int = EACH) -> dict[int, str]:
@@ -96,13 +87,13 @@ def confusions(split: Split, nearest: np.ndarray) -> list[dict[str, Any]]:
         if first >= 0 and split.gallery[first].person != query.person:
             wrong[query.person, split.gallery[first].person] += 1
     return [
-        {"person": names.person(a), "taken_for": names.person(b), "queries": count, "of": asked[a]}
+        {"person": person_name(names, a), "taken_for": person_name(names, b), "queries": count, "of": asked[a]}
         for (a, b), count in wrong.most_common(SHOWN_CONFUSIONS)
     ]
 
 
 def _shown(record: Record, names: Names) -> dict[str, str]:
-    person, camera = names.person(record.person), names.camera(record.camera)
+    person, camera = person_name(names, record.person), camera_name(names, record.camera)
     return {"person": person, "camera": camera, "picture": encoded(thumbnail(record))}
 
 

@@ -14,8 +14,9 @@ from fusionreid.dataloading.records import Record, Split
 from fusionreid.engine.config import Config
 from fusionreid.engine.evaluation.details import nearest_match
 from fusionreid.engine.evaluation.measures import Ids, bootstrap
+from fusionreid.engine.evaluation.names import Names
 from fusionreid.engine.evaluation.retrieval import Ranking
-from fusionreid.engine.reporting.queries import Maps, Names, choose_queries, confusions, describe_queries
+from fusionreid.engine.reporting.queries import Maps, camera_name, choose_queries, confusions, describe_queries
 from fusionreid.engine.reporting.run_record import METRICS, QUERIES, Result, cosine_text
 from fusionreid.engine.reporting.runs import draw_report
 from fusionreid.engine.reporting.sections import SHOWN_RANKS
@@ -58,7 +59,7 @@ def add_details(output: Path, details: Mapping[str, Any], names: Names, *, quiet
         found, rarity = 100 * point["true_positive_rate"], 1 / point["false_positive_rate"]
         print(f"same person if {limit}: finds {found:.1f} % of the matches, accepts 1 in {rarity:,.0f} other pairs")
     pairs = [
-        {**pair, "query": names.camera(pair["query"]), "gallery": names.camera(pair["gallery"])}
+        {**pair, "query": camera_name(names, pair["query"]), "gallery": camera_name(names, pair["gallery"])}
         for pair in details["camera_pairs"]
     ]
     _add(output, {**details, "camera_pairs": pairs})

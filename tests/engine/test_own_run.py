@@ -37,6 +37,8 @@ def test_a_folder_is_trained_on_and_a_second_start_goes_on(crops: Path, capsys: 
     assert "loose.png" in said.err
     assert json.loads((folder / "exit.json").read_text())["code"] == 0
     assert "anna 3" in (folder / "data.csv").read_text()
+    (state,) = (json.loads(path.read_text()) for path in folder.glob("checkpoints/*/state.json"))
+    assert state["camera_names"] == ["door", "hall"]
     before = (folder / "data.csv").read_bytes()
     (crops / "anna 9/hall").mkdir(parents=True)
     assert cli.main(["train", "--data", "crops", "--name", "shop", *SMALL]) == 0

@@ -10,14 +10,16 @@ import torch
 from PIL import Image
 
 from fusionreid.dataloading import Record, Split
+from fusionreid.engine.evaluation.names import Names
 from fusionreid.engine.reporting.queries import (
     DARKEST,
     THUMBNAIL,
-    Names,
+    camera_name,
     choose_queries,
     confusions,
     describe_queries,
     light,
+    person_name,
     thumbnail,
 )
 
@@ -76,8 +78,8 @@ def test_queries_have_the_names_their_owner_wrote(split: Split) -> None:
 
 
 def test_names_that_nobody_wrote_are_numbers() -> None:
-    assert (Names().person(31), Names().camera(0)) == ("31", "1")
-    assert Names({1: "a\n\udcff"}).person(1) == r"a\n\xff"
+    assert (person_name(Names(), 31), camera_name(Names(), 0)) == ("31", "1")
+    assert person_name(Names({1: "a\n\udcff"}), 1) == r"a\n\xff"
 
 
 def test_confusions_count_the_persons_found_first(split: Split) -> None:

@@ -3,7 +3,7 @@
 `python engine/search.py --query Q --gallery G [--top 10] [--at-least COSINE] [--camera NAME] [--tracks] [--json FILE]
 [--picture FILE] [--config_file FILE] [KEY VALUE ...]`; each of Q and G is a folder of embeddings, as embed writes it,
 or a run that was evaluated, an image, a folder of images or a list of them, for which the model of the configuration is
-needed. An evaluation with TEST.DETAILS says which cosine means the same person.
+needed. An evaluation says which cosine means the same person.
 """
 
 import logging
@@ -96,8 +96,8 @@ def options(parser: ArgumentParser) -> None:
 
 def ending(_cfg: "Config", *, json: Path | None, picture: Path | None, **_: object) -> Ending:
     """Say what was written and what usually comes next."""
-    tip = f"{command_line('evaluate')} --config_file FILE TEST.DETAILS yes tells from which cosine on two images show "
-    return Ending([file for file in (json, picture) if file], f"{tip}one person")
+    tip = f"{command_line('evaluate')} --config_file FILE measures from which cosine on two images show one person"
+    return Ending([file for file in (json, picture) if file], tip)
 
 
 def nearest(query: "Embeddings", gallery: "Embeddings", count: int, at_least: float = -1.0) -> list[dict[str, Any]]:

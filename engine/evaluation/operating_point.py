@@ -1,4 +1,4 @@
-"""The cosine from which on two images show one person, as an evaluation with TEST.DETAILS measured it."""
+"""The cosine from which on two images show one person, as an evaluation measured it."""
 
 import json
 import logging

@@ -1,5 +1,7 @@
-"""The examples run: the tracker gets a vector for every box that shows something, and keeps persons apart."""
+"""The examples run: each is short, and does with a small model what it says."""
 
+import itertools
+import json
 import runpy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +11,11 @@ import pytest
 from PIL import Image
 
 from fusionreid import Embedder
+from fusionreid.dataloading.datasets.synthetic import render_person
+from fusionreid.engine.config import load_config
+from fusionreid.engine.exporter import export_model
 from tests import ROOT
-from tests.runs import untrained
+from tests.runs import KEYS, untrained
 
 FRAMES = range(1, 21)
 
@@ -83,3 +88,68 @@ def test_persons_who_pass_each_other_stay_who_they_are(sequence: Path, tmp_path:
     for way in ways:
         places = [left for _, _, left, *_ in way]
         assert places == sorted(places) or places == sorted(places, reverse=True)
+
+
+SMALL = [word for pair in KEYS.items() for word in pair if not pair[0].startswith("DATASETS.SYNTHETIC")]
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight persons in two cameras, a folder each."""
+    folder = tmp_path_factory.mktemp("crops")
+    for person, camera, image in itertools.product(range(8), range(2), range(2)):
+        (folder / f"person{person}").mkdir(exist_ok=True)
+        pixels = render_person(0, person, camera, image, (32, 16))
+        Image.fromarray(pixels).save(folder / f"person{person}/c{camera + 1}_{image}.jpg")
+    return folder
+
+
+def test_a_model_is_trained_on_a_folder(rendered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    example = runpy.run_path(str(ROOT / "examples/train_on_folder.py"))
+    results = example["train"](str(rendered), "shop", SMALL)
+    assert 0 < results["mAP"] <= 1
+    assert results["valid_queries"] > 0
+    with pytest.raises(SystemExit, match="2"):
+        example["train"](str(tmp_path / "nowhere"), "other")
+    finding = runpy.run_path(str(ROOT / "examples/find_person.py"))
+    assert -1 <= finding["threshold"](tmp_path / "log/shop") <= 1
+
+
+def test_a_person_is_found_above_the_threshold_only(rendered: Path, tmp_path: Path) -> None:
+    find = runpy.run_path(str(ROOT / "examples/find_person.py"))["find"]
+    embedder, images = Embedder(untrained(tmp_path / "run", ())), sorted(rendered.rglob("*.jpg"))
+    everything = list(find(embedder, images[3], images, -1.0))
+    assert everything[0] == (pytest.approx(1, abs=1e-5), images[3])
+    assert {path for _, path in everything} == set(images)
+    limit = everything[4][0]
+    assert list(find(embedder, images[3], images, limit)) == [match for match in everything if match[0] >= limit]
+
+
+@pytest.mark.parametrize("cameras", [(), ("hall", "door")])
+def test_onnx_runtime_computes_the_vectors_of_the_model(
+    rendered: Path, tmp_path: Path, cameras: tuple[str, ...]
+) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra export is not installed")
+    run, images = untrained(tmp_path / "run", cameras, MODEL__SIE_CAMERA=bool(cameras)), sorted(rendered.rglob("*.jpg"))
+    export_model(load_config(run / "config.yml"), tmp_path / "shop.onnx")
+    example = runpy.run_path(str(ROOT / "examples/run_onnx.py"))
+    vectors = example["OnnxEmbedder"](tmp_path / "shop.onnx")(images)
+    np.testing.assert_allclose(vectors, Embedder(run)(images), atol=1e-3)
+
+
+def test_the_notebook_runs_from_top_to_bottom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = json.loads((ROOT / "examples/demo.ipynb").read_text(encoding="utf-8"))["cells"]
+    codes = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in codes)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for cell in codes:
+        exec(compile("".join(cell["source"]), "demo.ipynb", "exec"), names)
+        if "settings" in names and "metrics" not in names and len(names["settings"]) < len(KEYS):
+            names["settings"] += [word for pair in KEYS.items() for word in pair]
+    assert names["vectors"].shape == (4, names["embedder"].dimension)
+    assert Image.open("demo/found.png").size[0] > 100
+    assert "mAP" in capsys.readouterr().out

@@ -96,7 +96,7 @@ class _ShowVersion(argparse.Action):
 
 
 VERSION: dict[str, Any] = {"action": _ShowVersion, "nargs": 0, "dest": argparse.SUPPRESS,
-                           "help": "print the versions in use and end"}  # fmt: skip
+                           "help": "print the versions in use and exit"}  # fmt: skip
 
 
 def command_parser(command: Command) -> Parser:
@@ -117,16 +117,16 @@ def fill(parser: Parser, command: Command) -> None:
     if command.takes_data:
         source = parser.add_mutually_exclusive_group(required=True)
         source.add_argument("--config_file", metavar="FILE", help=file)
-        what = "own images, a folder or a list in any layout, as in crops/; divides persons, fits settings"
+        what = "your own images, a folder or a list in any layout, as in crops/; persons are split, settings fitted"
         source.add_argument("--data", type=path, metavar="PATH", help=what)
         name = "name of the run on --data, whose folder is log/RUN; as in shop (default: that of PATH)"
         parser.add_argument("--name", metavar="RUN", help=name)
     else:
         parser.add_argument("--config_file", required=command.needs_config, metavar="FILE", help=file)
-    parser.add_argument("--print-config", action="store_true", help="print the whole configuration and end")
+    parser.add_argument("--print-config", action="store_true", help="print the whole configuration and exit")
     parser.add_argument("--version", **VERSION)
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE",
-                        help="settings over those of the file, as in SOLVER.BASE_LR 0.01; KEY=VALUE too")  # fmt: skip
+                        help="settings that override the file, as in SOLVER.BASE_LR 0.01; also KEY=VALUE")  # fmt: skip
 
 
 def path(text: str) -> Path:

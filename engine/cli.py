@@ -56,7 +56,7 @@ def build() -> tuple[Parser, dict[str, tuple[Command, Parser]]]:
         fill(parser, about)
         commands[name] = about, parser
     options = overview.add_argument_group("options")
-    options.add_argument("-h", "--help", action="help", help="print this overview and end")
+    options.add_argument("-h", "--help", action="help", help="print this overview and exit")
     options.add_argument("--version", **VERSION)
     eval_it = 'print a completion script, as in\neval "$(fusionreid --print-completion bash)"'
     options.add_argument("--print-completion", choices=completion.SHELLS, metavar="SHELL", help=eval_it)

@@ -71,8 +71,8 @@ TRIED = {  # option of other programs -> the key or its last part, and the value
 PROCESSES = "torchrun starts one process per GPU: torchrun --nproc-per-node 4 engine/train.py --config_file FILE"
 EVALUATE = "evaluation is a command of its own: fusionreid evaluate --config_file FILE"
 OTHERWISE = {  # what is no key, and how it is done here
-    "resume": "resuming is automatic: the same command, with the same OUTPUT_DIR, goes on from the newest checkpoint",
-    "auto-resume": "resuming is automatic: the same command goes on from the newest checkpoint in OUTPUT_DIR",
+    "resume": "resuming is automatic: the same command, with the same OUTPUT_DIR, resumes from the newest checkpoint",
+    "auto-resume": "resuming is automatic: the same command resumes from the newest checkpoint in OUTPUT_DIR",
     "eval": EVALUATE,
     "eval-only": EVALUATE,
     "evaluate": EVALUATE,
@@ -88,7 +88,7 @@ OTHERWISE = {  # what is no key, and how it is done here
     "distributed": PROCESSES,
     "local-rank": f"the processes are started by {PROCESSES.removeprefix('torchrun starts one process per GPU: ')}",
     "opts": "write KEY VALUE pairs without --opts",
-    "dry-run": "the check before a training is a command of its own: fusionreid doctor --config_file FILE",
+    "dry-run": "the check before training is a command of its own: fusionreid doctor --config_file FILE",
 }
 KEY = re.compile(r"[A-Z]+\.[A-Z]")
 

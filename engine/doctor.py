@@ -42,7 +42,7 @@ def options(parser: ArgumentParser) -> None:
 
 COMMAND = Command(
     doctor,
-    "check data, weights, disk, memory before a training",
+    "check data, weights, disk and memory before training",
     "Check what a training needs, piece by piece, and name everything that would stop it.",
     ["--config_file my.yml --decode", "--data crops --json account.json"],
     options,

@@ -96,7 +96,7 @@ def options(parser: ArgumentParser) -> None:
 
 def ending(_cfg: "Config", *, json: Path | None, picture: Path | None, **_: object) -> Ending:
     """Say what was written and what usually comes next."""
-    tip = f"{command_line('evaluate')} --config_file FILE measures from which cosine on two images show one person"
+    tip = f"measure which cosine means the same person: {command_line('evaluate')} --config_file FILE"
     return Ending([file for file in (json, picture) if file], tip)
 
 

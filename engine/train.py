@@ -51,8 +51,8 @@ def ending(cfg: "Config") -> Ending:
 
 COMMAND = Command(
     train,
-    "train a model, or go on with an interrupted run",
-    "Train a model. The same command goes on where an interrupted run with the same OUTPUT_DIR ended.\n"
+    "train a model, or resume an interrupted run",
+    "Train a model. The same command resumes an interrupted run with the same OUTPUT_DIR.\n"
     "torchrun starts one process per GPU.",
     [
         "--config_file synthetic/tiny",
@@ -61,7 +61,7 @@ COMMAND = Command(
     ],
     takes_data=True,
     ending=ending,
-    interrupted="the same command goes on from the newest checkpoint",
+    interrupted="the same command resumes from the newest checkpoint",
 )
 
 if __name__ == "__main__":

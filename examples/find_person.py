@@ -1,6 +1,8 @@
 """Find the images that show a person, or nobody: only images above the threshold that the run's evaluation measured.
 
-python examples/find_person.py log/shop lost.jpg crops
+    python examples/find_person.py log/shop lost.jpg crops
+
+Without enough test persons no threshold was measured, and the search says so.
 """
 
 import json
@@ -16,6 +18,8 @@ from fusionreid import Embedder
 def threshold(run: Path, false_positive_rate: float = 1e-3) -> float:
     """Return the cosine that this share of the pairs of two persons reached in the run's evaluation, or the nearest."""
     points = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["thresholds"]
+    if not points:
+        sys.exit(f"{run}: the evaluation had too few pairs of two persons to measure a threshold")
     nearest = min(points, key=lambda point: abs(point["false_positive_rate"] - false_positive_rate))
     return float(nearest["cosine"])
 

@@ -1,8 +1,10 @@
 """Compute vectors with ONNX Runtime alone: no torch, and nothing of this project.
 
-pip install -e '.[export]'
-fusionreid export --config_file log/shop/config.yml --output shop.onnx
-python examples/run_onnx.py shop.onnx lost.jpg crops/0001.jpg
+    pip install -e '.[export]'
+    fusionreid export --config_file log/shop/config.yml --output shop.onnx
+    python examples/run_onnx.py shop.onnx lost.jpg crops/0001.jpg
+
+It prints the cosines of all pairs of images.
 """
 
 import json
@@ -20,20 +22,19 @@ class OnnxEmbedder:
 
     def __init__(self, model: str | Path) -> None:
         self.session = InferenceSession(model)
-        about = json.loads(Path(f"{model}.json").read_text(encoding="utf-8"))
-        _, self.height, self.width, _ = about["images"]["shape"]
-        self.takes_cameras = about["cameras"] is not None
+        self.about = json.loads(Path(f"{model}.json").read_text(encoding="utf-8"))
+        _, *size, _ = self.about["images"]["shape"]
+        self.size = size[::-1]  # width, height
 
     def __call__(self, paths: Sequence[str | Path]) -> np.ndarray:
         """Return the vectors (N, D) float32 of N image files."""
-        size = self.width, self.height
-        images = [Image.open(path).convert("RGB").resize(size, Image.Resampling.BILINEAR) for path in paths]
+        images = [Image.open(path).convert("RGB").resize(self.size, Image.Resampling.BILINEAR) for path in paths]
         inputs = {"images": np.stack([np.asarray(image) for image in images])}
-        if self.takes_cameras:
+        if self.about["cameras"]:
             inputs["cameras"] = np.full(len(paths), -1)  # -1: camera not known
         return np.asarray(self.session.run(None, inputs)[0])
 
 
 if __name__ == "__main__":
     vectors = OnnxEmbedder(sys.argv[1])(sys.argv[2:])
-    print((vectors @ vectors.T).round(3))  # cosines
+    print((vectors @ vectors.T).round(3))

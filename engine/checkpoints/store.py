@@ -1,4 +1,4 @@
-"""The checkpoints of one run, written by a thread while training goes on, and found again.
+"""The checkpoints of one run, written by a thread while training continues, and found again.
 
 The decisions are those of `retention.py`, the files those of `checkpoint.py`.
 """
@@ -91,7 +91,7 @@ class CheckpointStore:
             self._failed_saves += 1
             if last or self._failed_saves >= FAILED_SAVES or not checkpoint.checkpoints(self.root):
                 raise
-            log.warning("%s; training goes on from memory", error)
+            log.warning("%s; training continues from memory", error)
             return None
 
     def evaluated(self, step: int, score: float) -> None:
@@ -101,7 +101,7 @@ class CheckpointStore:
             checkpoint.write_progress(self.root, self.progress)
             self._progress_on_disk = self.progress
         except StorageError as error:
-            log.warning("%s; training goes on", error)
+            log.warning("%s; training continues", error)
 
     def close(self) -> None:
         """Wait for the checkpoint being written; StorageError if it is lost."""

@@ -158,7 +158,7 @@ class Watch(threading.Thread):
         """The message about a lost process."""
         with suppress(RuntimeError):
             if self.store.check(["step"]):
-                return f"{lost}: start again, the run goes on from step {self.store.get('step').decode()}"
+                return f"{lost}: start again, the run resumes from step {self.store.get('step').decode()}"
         return f"{lost}: start again"
 
 

@@ -54,7 +54,7 @@ def record(output: Path, cfg: Config, split: Split, device: "torch.device", rank
     try:
         write_json(path, {"run": run, "started": started, "step": step, **new, "earlier": earlier})
     except OSError as error:
-        log.warning("%s was not written: %s; training goes on", path, error)
+        log.warning("%s was not written: %s; training continues", path, error)
     return Recorded(run, note)
 
 

@@ -64,5 +64,5 @@ class Profiler:
         self._steps, self._profiler = 0, None
 
     def _fail(self, error: Exception) -> None:
-        log.warning("no profile: %s; training goes on", error)
+        log.warning("no profile: %s; training continues", error)
         self._steps, self._profiler = 0, None

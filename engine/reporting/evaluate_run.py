@@ -105,7 +105,7 @@ def report_evaluation(cfg: Config, split: Split, evaluation: Evaluation, step: i
                 add_details(output, more, Names.of(split), quiet=True)
             write_report(cfg, split, rankings[MODEL], nearest, {}, quiet=True)
         except (OSError, DataError) as error:
-            log.warning("the report was not written: %s; training goes on", error)
+            log.warning("the report was not written: %s; training continues", error)
     peers.meet()  # it may take the first rank a while
 
 

@@ -57,6 +57,13 @@ def test_a_run_stands_for_its_embeddings(tmp_path: Path, capsys: pytest.CaptureF
     assert embeddings.folder_at(tmp_path) == tmp_path
 
 
+def test_a_run_that_was_not_evaluated_is_no_gallery(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/queries.png").write_bytes(b"")  # no image of anybody
+    assert search(["--query", str(tmp_path / "run"), "--gallery", str(tmp_path / "run")]) == 2
+    assert "run is a run that was not evaluated" in capsys.readouterr().err
+
+
 def test_a_search_of_stored_vectors_and_a_report_load_nothing_that_only_a_model_needs(tmp_path: Path) -> None:
     records = Record("a.jpg", -1, -1), Record("b.jpg", -1, -1)
     embeddings.save(tmp_path / "one", torch.eye(2, 3), records, 0, {})

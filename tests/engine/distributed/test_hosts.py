@@ -126,7 +126,7 @@ def test_a_run_outlives_the_loss_of_a_host(hosts: Hosts, tmp_path: Path) -> None
     assert hosts.finish()[0] != 0
     verdict = json.loads((hosts.output / "exit.json").read_text())
     assert verdict["code"] == 7
-    assert f"process 1 on host {NAMES[1]} has ended or hangs: start again, the run goes on from step" in hosts.log(0)
+    assert f"process 1 on host {NAMES[1]} has ended or hangs: start again, the run resumes from step" in hosts.log(0)
     hosts.plug("up")
     hosts.start("train", argv)
     assert hosts.finish() == [0, 0], hosts.log(0) + hosts.log(1)

@@ -89,7 +89,7 @@ def test_the_others_say_who_has_ended_or_hangs_and_where_the_run_goes_on(running
     assert running.verdict["code"] == 7
     reason = running.verdict["reason"]
     assert reason.startswith(
-        f"process 1 on host {socket.gethostname()} {verb}: start again, the run goes on from step "
+        f"process 1 on host {socket.gethostname()} {verb}: start again, the run resumes from step "
     )
     step = int(reason.rpartition(" ")[2])
     assert f"step-{step:08d}" in [path.name for path in checkpoint.checkpoints(running.output / "checkpoints")]

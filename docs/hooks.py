@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from fusionreid.engine.config import Config
 from fusionreid.schema import Section
@@ -40,7 +40,7 @@ def section(name: str, kind: type[Section]) -> str:
             continue
         meaning = meanings[key].replace("|", "\\|")
         rows.append(f"| `{dotted}` | {values(field)} | `{shown(field.default)}` | {meaning} |")
-    lines = [f"## {name or 'The whole'}", inspect.getdoc(kind) or ""]
+    lines = [f"## {name or 'Top level'}", inspect.getdoc(kind) or ""]
     lines.append("\n".join(["| Key | Values | Default | Meaning |", "|---|---|---|---|", *rows]))
     if unused:
         lines.append(f"Accepted without effect, because published files set them: {', '.join(unused)}.")
@@ -64,13 +64,18 @@ def values(field: Any) -> str:
 def kind_of(annotation: Any) -> str:
     """Name a type as the author of a YAML file would."""
     names = {bool: "yes or no", int: "integer", float: "number", str: "text"}
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
     if annotation in names:
         return names[annotation]
     choices = get_args(annotation)
     if choices and all(isinstance(choice, (str, int, bool)) for choice in choices):
         return ", ".join(f"`{shown(choice)}`" for choice in choices)
     inner = [kind_of(choice) for choice in choices if choice is not Ellipsis]
-    return f"list of {inner[0]}" if len(set(inner)) == 1 and inner else "value"
+    if not inner:
+        return "value"
+    plural = inner[0].replace("integer", "integers").replace("number", "numbers") if len(set(inner)) == 1 else "values"
+    return f"list of {plural}"
 
 
 def shown(value: Any) -> str:

@@ -103,4 +103,6 @@ def _shown(entry: Mapping[str, Any]) -> Shown:
     parts = Path(track).parts[-2:] if track else (Path(entry["path"]).name,)
     person, camera = (None if (name := entry.get(key)) is None else printable(name) for key in ("person", "camera"))
     name = printable("/".join(parts))
+    if camera is not None and camera.isdecimal():  # a bare number under an image could mean anything
+        camera = f"camera {camera}"
     return Shown(entry["path"], name, person, camera, entry.get("images", 0), entry.get("cosine", 1.0))

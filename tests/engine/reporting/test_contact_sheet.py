@@ -47,6 +47,12 @@ def test_a_person_stays_together_and_who_is_unknown_is_parted_by_the_line(found:
     assert ([len(group.matches) for group in everything.above], everything.below) == ([3, 1, 2, 1], [])
 
 
+def test_a_camera_that_is_only_a_number_is_called_a_camera() -> None:
+    match = {"path": "a.jpg", "person": None, "camera": "12", "cosine": 0.5}
+    row = row_of({"query": "q.jpg", "person": None, "camera": "hall 1", "matches": [match]}, None)
+    assert (row.query.camera, row.above[0].matches[0].camera) == ("hall 1", "camera 12")
+
+
 def test_a_page_escapes_all_names_and_asks_for_nothing(found: list[dict[str, Any]], tmp_path: Path) -> None:
     assert write_sheet(tmp_path / "found.html", "Search in <i>", found, Threshold(0.5)) == 1
     page = (tmp_path / "found.html").read_text()

@@ -11,7 +11,7 @@ from fusionreid.errors import ReIDError
 
 PARTS = ("train", "query", "gallery")
 LeftOut = dict[str, list[str]]  # reason -> paths
-JUNK, HIDDEN = "junk: person -1", "hidden, or a system's metadata"  # left out of every data set
+JUNK, HIDDEN = "junk: person -1", "hidden, or a system's metadata"  # left out of every data set without a warning
 
 
 class DataError(ReIDError, ValueError):

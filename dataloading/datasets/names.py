@@ -9,6 +9,12 @@ from functools import lru_cache
 NUMBER = re.compile(r"([+-]?)0*(\d{1,18})(?:[.,]0+)?")
 CAMERA = re.compile(r"(?:c|cam|camera)[ _.-]*(?=\d)")
 NAMED = 10
+NOBODY = frozenset({"-1", "junk"})  # persons of boxes that show nobody
+DISTRACTORS = frozenset({"distractor", "distractors"})  # people who are not searched; 0 too, if only the gallery has it
+NO_NAMES = frozenset(  # how programs and people write that they do not know; Nan, with one capital, is a name
+    {"nan", "NaN", "NAN", "none", "None", "NONE", "null", "NULL", "NA", "N/A", "n/a", "#N/A", "<NA>", "?"}
+    | {"unknown", "Unknown", "UNKNOWN"}
+)
 
 
 @lru_cache(1 << 16)
@@ -17,6 +23,21 @@ def person_key(name: str) -> str:
     text = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
     number = NUMBER.fullmatch(text)
     return f"{'-' if number[1] == '-' else ''}{number[2]}" if number else text
+
+
+def is_nobody(person: str) -> bool:
+    """Tell whether a name marks a box that shows nobody, as `-1` does in Market-1501."""
+    return person_key(person) in NOBODY
+
+
+def is_distractor(person: str) -> bool:
+    """Tell whether a word names all the people who are not searched."""
+    return person_key(person) in DISTRACTORS
+
+
+def is_name(text: str) -> bool:
+    """Tell whether a text names somebody or something, as nan and unknown do not."""
+    return text.strip() not in NO_NAMES
 
 
 @lru_cache(1 << 16)
@@ -70,9 +91,9 @@ def _pairs(several: list[dict[str, Counter[str]]]) -> str:
 def numbered(names: Iterable[str], start: int) -> dict[str, int]:
     """Number names in the order of their value, numbers before all other names."""
 
-    def order(name: str) -> tuple[int, int, str]:
+    def order(name: str) -> tuple[int, int, str, str]:
         key = camera_key(name)
         number = NUMBER.fullmatch(key)
-        return (0, int(number[1] + number[2]), name) if number else (1, 0, name)
+        return (0, int(number[1] + number[2]), "", name) if number else (1, 0, name.strip(), name)
 
     return {name: number for number, name in enumerate(sorted(set(names), key=order), start)}

@@ -1,11 +1,8 @@
 """Own data as people have it, a folder or a list of any layout, to a split that can be trained on.
 
-Persons are divided at random, by a seed, into those to train on and those to test with. The list that comes with the
-split reproduces it as DATASETS.NAMES csv.
+Persons are divided at random, by a seed, into those to train on and those to test with.
 """
 
-import csv
-import io
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,13 +13,13 @@ from typing import NamedTuple
 
 from fusionreid.dataloading.config import DatasetsConfig
 from fusionreid.dataloading.datasets import csv_list, market1501
-from fusionreid.dataloading.datasets.assemble import assemble, sift
+from fusionreid.dataloading.datasets.assemble import assemble
 from fusionreid.dataloading.datasets.divide import TEST, divide, divide_test
 from fusionreid.dataloading.datasets.layouts import LOOSE, Found, read_folders, unwrapped
 from fusionreid.dataloading.datasets.names import is_nobody
+from fusionreid.dataloading.datasets.settle import settle
 from fusionreid.dataloading.image_files import find_files
-from fusionreid.dataloading.records import PARTS, DataError, LeftOut, Split, printable
-from fusionreid.files import atomic_write
+from fusionreid.dataloading.records import DataError, LeftOut, Split, printable
 
 STEPS = 4_000  # that a training takes at least, within these epochs
 EPOCHS = (20, 120)
@@ -35,11 +32,12 @@ LAYOUT = """\
 
 
 class OwnData(NamedTuple):
-    """A split, how it came about in a line per decision, and whether it was divided here."""
+    """A sound split, how it came about in a line per decision, and what its owner must settle before a training."""
 
     split: Split
     decisions: tuple[str, ...]
-    divided: bool
+    divided: bool  # here, into train and test
+    faults: tuple[str, ...] = ()  # what they are about is left out of the split
 
 
 class Sizes(NamedTuple):
@@ -55,10 +53,9 @@ def read_own_data(path: str | Path, seed: int = 0) -> OwnData:
     """Read any folder or list; persons are divided into train and test by `seed` where they are not yet."""
     path = Path(path).expanduser().absolute()
     if path.is_file():
-        rows, columns = csv_list.read_rows(path, ("path", "person"), {*csv_list.VALUES, TEST})
-        if not rows:
-            raise DataError(f"csv: {printable(path)} lists no images")
-        return _complete("csv", path, Found(rows, {}, ["a list" + (f": {columns}" if columns else "")], []), seed)
+        rows, columns, faults = csv_list.read_rows(path, ("path", "person"), {*csv_list.VALUES, TEST})
+        decision = "a list" + (f": {columns}" if columns else "")
+        return _complete("csv", path, Found(rows, {}, [decision], [], faults), seed)
     if not path.is_dir():
         raise DataError(f"there is no folder and no list {printable(path)}\nexpected:\n{LAYOUT}")
     files, left_out = find_files(path)
@@ -83,21 +80,29 @@ def _market(path: Path, base: Path, files: Sequence[str], left_out: LeftOut) -> 
 
 
 def _complete(name: str, path: Path, found: Found, seed: int) -> OwnData:
-    """Divide what is not divided yet, and check it all."""
+    """Settle what is unclear, divide what is not divided yet, and check it all."""
     left_out, decisions = dict(found.left_out), [*found.decisions]
     zero_is_nobody = any(is_nobody(row.person) for row in found.rows)  # as in Market-1501
-    rows = sift(found.rows, left_out)
-    if any(row.part == TEST for row in rows):
-        rows, told = divide_test(rows, seed)
-        decisions += told
-    parts = {row.part for row in rows}
-    if divided := parts <= {"", "train"}:
-        rows, told = divide(str(path), rows, seed, zero_is_nobody=zero_is_nobody)
-        decisions += told
-    elif "train" not in parts:
-        raise _nothing_to_train(path)
-    split = assemble(name, str(path), rows, left_out, warnings=found.warnings)
-    return OwnData(split, tuple(decisions), divided)
+    rows, unclear, warnings = settle(found.rows, left_out)
+    faults = (*found.faults, *(f"{name}: {fault}" for fault in unclear))
+    if warnings:
+        decisions.append("cameras are not used, since many images name none")
+    try:
+        if not rows:
+            raise DataError(f"{name}: no usable images in {printable(path)}")
+        if any(row.part == TEST for row in rows):
+            rows, told = divide_test(rows, seed)
+            decisions += told
+        parts = {row.part for row in rows}
+        if divided := parts <= {"", "train"}:
+            rows, told = divide(str(path), rows, seed, zero_is_nobody=zero_is_nobody)
+            decisions += told
+        elif "train" not in parts:
+            raise _nothing_to_train(path)
+        split = assemble(name, str(path), rows, left_out, warnings=[*found.warnings, *warnings])
+    except DataError as error:
+        raise DataError("\n".join([*faults, str(error)])) from error
+    return OwnData(split, tuple(decisions), divided, faults)
 
 
 def _nothing_to_train(path: Path) -> DataError:
@@ -105,19 +110,6 @@ def _nothing_to_train(path: Path) -> DataError:
         f"{printable(path)} has a query and a gallery, and nothing to train on: add a part train; to measure a model "
         f"on it, give evaluate its configuration with DATASETS.NAMES and DATASETS.ROOT_DIR {printable(path)}"
     )
-
-
-def write_list(split: Split, file: Path) -> None:
-    """Write the list that reproduces a split as DATASETS.NAMES csv, paths absolute."""
-    text = io.StringIO()
-    rows = csv.writer(text)
-    rows.writerow(csv_list.COLUMNS)
-    for part in PARTS:
-        for record in getattr(split, part):
-            person, camera = split.person_names[record.person], split.camera_names.get(record.camera, "")
-            rows.writerow([record.path, person, camera, part])
-    with atomic_write(file) as out:
-        out.write(text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def fit_sizes(split: Split) -> Sizes:

@@ -2,14 +2,16 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from fusionreid.dataloading.account import account_as_json, refusal_as_json
+from fusionreid.dataloading.account import refusal_as_json, write_list
 from fusionreid.dataloading.config import DatasetsConfig
-from fusionreid.dataloading.own_data import OwnData, fit_sizes, read_own_data, write_list
+from fusionreid.dataloading.own_data import OwnData, fit_sizes, read_own_data
 from fusionreid.dataloading.records import DataError, printable
 from fusionreid.engine import config_yaml
-from fusionreid.engine.config import load_config
+from fusionreid.engine.config import KEYS, load_config
 from fusionreid.engine.config_files import find_config
 from fusionreid.files import atomic_write, write_json
 
@@ -20,40 +22,64 @@ MOST_WORKERS = 8
 log = logging.getLogger(__name__)
 
 
-def folder_of(data: Path, name: str | None) -> Path:
-    """Return OUTPUT_DIR of a run on `data`: log/<name>, by default named as the data are."""
+class OwnRun(NamedTuple):
+    """The settings of a run on own data, and the data as they were read now, if they were."""
+
+    settings: Path
+    own: OwnData | None
+
+
+def folder_of(data: Path, name: str | None, overrides: Sequence[str] = ()) -> Path:
+    """Return OUTPUT_DIR of a run on `data`: as the overrides have it, or log/<name>, by default named as the data."""
+    chosen = config_yaml.read_overrides(overrides, KEYS, []).get("OUTPUT_DIR")
+    if chosen is not None and isinstance(chosen.value, str):
+        return Path(chosen.value).expanduser()
     return Path("log") / (name or data.absolute().stem or "own")
 
 
-def prepare(data: Path, folder: Path, *, account: Path | None = None, quiet: bool = False) -> Path:
-    """Write the list and the settings of a run on `data` to `folder`, and return the settings' file.
+def prepare(
+    data: Path,
+    folder: Path,
+    overrides: Sequence[str] = (),
+    *,
+    examine: bool = False,
+    account: Path | None = None,
+    quiet: bool = False,
+) -> OwnRun:
+    """Write the list and the settings of a run on `data` to `folder`.
 
-    A run that has checkpoints keeps both: images that came later must not change who is trained on. `account` is a
-    JSON file to write what was found, used and left out to, also if the data cannot be used. DataError says why not.
+    A run that has checkpoints keeps both: images that came later must not change who is trained on. `examine`: read
+    the data in any case, and go on with what is sound in them. DataError: they cannot be used as they are; the JSON
+    file `account` then says so too.
     """
     settings = folder / SETTINGS
-    if settings.is_file() and any((folder / "checkpoints").glob("step-*")):
-        if not quiet:
-            log.info("going on with the list and the settings of %s", settings)
-        return settings
+    kept = settings.is_file() and any((folder / "checkpoints").glob("step-*"))
+    if kept and not quiet:
+        log.info("going on with the list and the settings of %s", settings)
     try:
-        own = read_own_data(data)
+        own = read_own_data(data) if examine or not kept else None
     except DataError as error:
         if account:
             write_json(account, refusal_as_json(DatasetsConfig(NAMES="folder", ROOT_DIR=str(data)), error))
         raise
-    if account:
-        write_json(account, account_as_json(own.split))
+    if own is None or kept:
+        return OwnRun(settings, own)
+    if own.faults and not examine:
+        remedy = f"doctor --data {printable(data)} --write-clean clean.csv writes a list without these images"
+        raise DataError("\n".join([*own.faults, f"settle this; or {remedy}, for train --data clean.csv"]))
     folder.mkdir(parents=True, exist_ok=True)
     write_list(own.split, folder / LIST)
-    overrides, reasons = _fitted(own, folder)
+    settled, reasons = _fitted(own, folder)
     with atomic_write(settings, "w", encoding="utf-8") as file:
-        file.write(config_yaml.dump(load_config(find_config(BASE), overrides).model_dump(exclude_unset=True)))
+        file.write(config_yaml.dump(load_config(find_config(BASE), settled).model_dump(exclude_unset=True)))
     if not quiet:
-        for line in (*own.split.describe().splitlines(), *own.decisions, *own.split.warnings, *reasons):
+        set_here = config_yaml.read_overrides(overrides, KEYS, [])
+        reasons = tuple(reason for reason in reasons if reason.partition(" ")[0] not in set_here)
+        about = () if examine else (*own.split.describe().splitlines(), *own.decisions, *own.split.warnings)
+        for line in (*about, *reasons):
             log.info("%s", printable(line))
         log.info("wrote %s and %s: change them, or set KEY VALUE pairs", folder / LIST, settings)
-    return settings
+    return OwnRun(settings, own)
 
 
 def _fitted(own: OwnData, folder: Path) -> tuple[list[str], tuple[str, ...]]:

@@ -12,7 +12,8 @@ from fusionreid.dataloading.datasets.names import (
     is_nobody,
     numbered,
     person_key,
-    unify,
+    spellings,
+    told_spellings,
 )
 from fusionreid.dataloading.records import JUNK, PARTS, DataError, LeftOut, Record, Split, printable
 
@@ -56,13 +57,18 @@ def assemble(
     are numbered from 0 over all parts. Both in the order of their names, which the split keeps. DataError holds every
     fault.
     """
-    left_out, told, faults = dict(left_out), list(warnings), _two_persons(rows)
+    left_out, told, faults = dict(left_out), list(warnings), two_persons(rows)
     rows = sift(rows, left_out)
     if len(once := list(dict.fromkeys(rows))) < len(rows):
         told.append(f"{len(rows) - len(once):,} images are named more than once in the same part, and count once")
     rows, camera_fault, camera_note = _without_cameras(sorted(once, key=lambda row: PARTS.index(row.part)))
-    persons, person_faults, person_warnings = unify("person", ((r.person, r.part) for r in rows), person_key)
-    cameras, camera_faults, camera_warnings = unify("camera", ((r.camera or "", r.part) for r in rows), camera_key)
+    spelt = spellings(((r.person, r.part) for r in rows), person_key)
+    spelt_cameras = spellings(((r.camera or "", r.part) for r in rows), camera_key)
+    (person_faults, person_warnings), (camera_faults, camera_warnings) = (
+        told_spellings("person", spelt),
+        told_spellings("camera", spelt_cameras),
+    )
+    persons, cameras = spelt.chosen, spelt_cameras.chosen
     if faults := [*faults, *camera_fault, *person_faults, *camera_faults]:
         raise DataError("\n".join(f"{name}: {fault}" for fault in faults))
     person_number = _person_numbers(rows, persons, published)
@@ -108,7 +114,7 @@ def sift(rows: Sequence[Row], left_out: LeftOut) -> list[Row]:
     return kept
 
 
-def _two_persons(rows: Sequence[Row]) -> list[str]:
+def two_persons(rows: Sequence[Row]) -> list[str]:
     """Describe the images that are given to two persons, or to two cameras."""
     first: dict[str, Row] = {}
     others: dict[str, list[Row]] = {}  # of the few images with several rows

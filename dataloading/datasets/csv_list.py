@@ -55,33 +55,38 @@ def part_of(name: str) -> str | None:
 def read(cfg: DatasetsConfig) -> Split:
     """Read the list DATASETS.ROOT_DIR."""
     file = Path(cfg.ROOT_DIR).expanduser().absolute()
-    rows, columns = read_rows(file, ("path", "person", "split"), {*VALUES})
+    rows, columns, faults = read_rows(file, ("path", "person", "split"), {*VALUES})
+    if faults:
+        raise DataError("\n".join(faults))
     return assemble("csv", str(file), rows, {}, note=columns)
 
 
-def read_rows(file: Path, needed: Sequence[str], parts: set[str]) -> tuple[list[Row], str]:
-    """Read the rows of a list that has at least the columns `needed`; also what its columns were taken for.
+def read_rows(file: Path, needed: Sequence[str], parts: set[str]) -> tuple[list[Row], str, list[str]]:
+    """Read the rows of a list that has at least the columns `needed`.
 
-    Without a split the part of every row is empty; a split names one of `parts`.
+    Also says what its columns were taken for, and what is wrong with the rows that cannot be used, the first FAULTS of
+    them line by line. Without a split the part of every row is empty; a split names one of `parts`.
     """
     if not file.is_file():
         raise DataError(f"csv: no file {printable(file)}\nexpected:\n{LAYOUT}")
     lines = list(io.StringIO(_text(file), newline=""))
     start, delimiter, columns, cells = _header(file, lines, needed)
-    rows, faults = [], []
+    rows, faults, broken = [], [], 0
     for number, record in _records(lines, start, delimiter):
         if isinstance(record, str):
             faults.append(f"  line {number}: {record}")
+            broken += 1
+            if broken > FAULTS:  # each may have read to the end of the file
+                break
         elif any(cell.strip() for cell in record):
             row, fault = _row(file, record, columns, len(cells), parts)
             rows += [row] if row else []
             faults += [f"  line {number}: {fault}"] if fault else []
-        if len(faults) > FAULTS:
-            break
     if faults:
-        more = "\n  and more" if len(faults) > FAULTS else ""
-        raise DataError("\n".join([f"csv: {printable(file)} has rows that cannot be used:", *faults[:FAULTS]]) + more)
-    return rows, _described(columns, cells)
+        more = [f"  and {len(faults) - FAULTS:,} more"] if len(faults) > FAULTS else []
+        more += ["  the rest was not read"] if broken > FAULTS else []
+        faults = [f"csv: {printable(file)} has {len(faults):,} rows that cannot be used:", *faults[:FAULTS], *more]
+    return rows, _described(columns, cells), faults
 
 
 def _text(file: Path) -> str:

@@ -11,7 +11,7 @@ from fusionreid.dataloading.datasets import csv_list, folder, market1501
 from fusionreid.dataloading.datasets.assemble import Row
 from fusionreid.dataloading.datasets.divide import TEST
 from fusionreid.dataloading.datasets.levels import CAMERA_WORD, find_levels_of_one
-from fusionreid.dataloading.records import LeftOut, printable
+from fusionreid.dataloading.records import LeftOut
 
 NAMED = 0.9  # share of images whose name must tell person and camera
 NAME_OF_CAMERA = re.compile(  # <camera>_<date and time>, or <camera>_<number>
@@ -19,7 +19,6 @@ NAME_OF_CAMERA = re.compile(  # <camera>_<date and time>, or <camera>_<number>
 )
 LOOSE = "in no person's folder, and its name does not begin with <person>_c<camera>"
 NAMES = "person and camera from names of files: <person>_c<camera>"
-NO_CAMERA = "its camera is not named, those of the others are"
 
 
 class Found(NamedTuple):
@@ -29,6 +28,7 @@ class Found(NamedTuple):
     left_out: LeftOut
     decisions: list[str]
     warnings: list[str]
+    faults: Sequence[str] = ()  # rows of a list that cannot be used
 
 
 def read_folders(base: Path, files: Sequence[str], left_out: LeftOut) -> Found:
@@ -75,8 +75,7 @@ def _of_parts(base: Path, files: Sequence[str], left_out: LeftOut, parts: dict[s
         return Found(rows, left_out, [f"the folders {named}; {NAMES}"], [])
     rows, levels = folder.rows_of(base, files, parts, left_out)
     decisions = [f"the folders {named}" + (f"; {levels.why}" if levels.why else "")]
-    rows, warnings = _agree_on_cameras(rows, left_out)
-    return Found(rows, left_out, decisions, [*([levels.doubt] if levels.doubt else []), *warnings])
+    return Found(rows, left_out, decisions, [levels.doubt] if levels.doubt else [])
 
 
 def _named_well(paths: Iterable[str], count: int) -> dict[str, Row]:
@@ -99,31 +98,14 @@ def _of_one(root: Path, files: Sequence[str], left_out: LeftOut) -> Found:
     if levels.camera is None and not any(cameras):
         cameras = _prefixes(inside)
     rows = [Row(p, folders[p][levels.person], camera, "") for p, camera in zip(inside, cameras)]
-    rows, warnings = _agree_on_cameras(rows, left_out)
-    named = any(row.camera for row in rows)
-    where = "nowhere" if not named else "folders" if levels.camera is not None else "names of files"
+    where = "nowhere" if not any(cameras) else "folders" if levels.camera is not None else "names of files"
     decision = f"persons from folders, cameras from {where}" + (f"; {levels.why}" if levels.why else "")
-    return Found(rows, left_out, [decision], [*([levels.doubt] if levels.doubt else []), *warnings])
+    return Found(rows, left_out, [decision], [levels.doubt] if levels.doubt else [])
 
 
 def _leave_out(reason: str, paths: Sequence[str], left_out: LeftOut) -> None:
     if paths:
         left_out[reason] = sorted({*left_out.get(reason, ()), *paths})
-
-
-def _agree_on_cameras(rows: list[Row], left_out: LeftOut) -> tuple[list[Row], list[str]]:
-    """Leave out the few images that name no camera, or forget the cameras if they are many, with a warning."""
-    nameless = [row.path for row in rows if row.camera is None]
-    if len(nameless) in (0, len(rows)):
-        return rows, []
-    if len(nameless) <= (1 - NAMED) * len(rows):
-        _leave_out(NO_CAMERA, nameless, left_out)
-        return [row for row in rows if row.camera is not None], []
-    told = (
-        f"{len(nameless):,} of {len(rows):,} images name no camera, the first is {printable(min(nameless))}, so that "
-        "cameras are not used at all; put these images in folders of their cameras, as the others are, or make a list"
-    )
-    return [row._replace(camera=None) for row in rows], [told]
 
 
 def _prefixes(paths: Iterable[str]) -> list[str | None]:

@@ -115,7 +115,7 @@ def test_all_faults_are_told_in_one_run(tmp_path):
     ]  # fmt: skip
     assert "line 2: a quote is not closed" in str(caught.value)
     (tmp_path / "list.csv").write_text("path,person,camera,split\n" + "a.jpg,,1,train\n" * 50)
-    with pytest.raises(DataError, match=r"(?s)line 21: .*and more$") as caught:
+    with pytest.raises(DataError, match=r"(?s)has 50 rows .*line 21: .*and 30 more$") as caught:
         read("csv", tmp_path / "list.csv")
     assert len(str(caught.value).splitlines()) == 22
 

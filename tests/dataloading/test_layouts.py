@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from fusionreid.dataloading import DataError, Split
-from fusionreid.dataloading.own_data import OwnData, read_own_data, write_list
+from fusionreid.dataloading.account import write_list
+from fusionreid.dataloading.own_data import OwnData, read_own_data
 from fusionreid.dataloading.records import PARTS
 from tests.dataloading.test_folder import make, read
 
@@ -109,7 +110,7 @@ def test_a_few_images_without_a_camera_are_left_out_and_many_cost_the_cameras_wi
     write(tmp_path / "many", "{p}/{c}/{n}.png", PERSONS[:4])
     own = read_own_data(write(tmp_path / "many", "{p}/{c}-{n}.png", PERSONS[4:]))
     assert "16 of 32 images name no camera" in own.split.warnings[0]
-    assert "cameras from nowhere" in told(own)
+    assert "cameras are not used, since many images name none" in told(own)
     assert own.split.camera_names == {}
     write_list(own.split, tmp_path / "list.csv")
     assert [getattr(read("csv", tmp_path / "list.csv"), part) for part in PARTS] == [

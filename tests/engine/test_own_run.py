@@ -1,6 +1,7 @@
 """`train --data PATH` and `doctor --data PATH`: from any folder of crops to a run, with an account of every image."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,92 @@ def test_doctor_accounts_for_every_image_and_refuses_what_cannot_be_used(crops: 
     assert json.loads(Path("b.json").read_text())["verdict"] == "wrong"
     assert cli.main(["doctor", "--config_file", "log/crops/config.yml", "--json", "c.json", *SMALL]) == 0
     assert json.loads(Path("c.json").read_text())["used"] == 32
+
+
+KEYS = {"found", "used", "left_out", "persons", "cameras", "verdict", "warnings"}
+
+
+def spoil(crops: Path) -> None:
+    """Add what people's folders have: broken and turned images, copies, other spellings, junk."""
+    image = (crops / "anna 0/hall/0.png").read_bytes()
+    for path in (
+        "anna 1/hall/of 0.png",
+        "anna 2/door/copy.png",
+        "Anna 3/hall/0.png",
+        "-1/hall/x.png",
+        "unknown/door/x.png",
+    ):
+        (crops / path).parent.mkdir(parents=True, exist_ok=True)
+        (crops / path).write_bytes(image + path.encode())
+    (crops / "anna 1/hall/of 0.png").write_bytes(image)
+    (crops / "anna 2/door/copy.png").write_bytes((crops / "anna 2/door/1.png").read_bytes())
+    (crops / "anna 4/hall/0.png").write_bytes(b"")
+    (crops / "anna 5/hall/0.png").write_text("<html>404")
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.new("RGB", (16, 32), "red").save(crops / "anna 6/hall/9.jpg", exif=exif)
+
+
+def test_json_and_table_say_the_same_and_what_is_sound_can_be_trained_on(
+    crops: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the table calls WRONG is wrong in the JSON; the clean list has none of it, and train --data takes it."""
+    spoil(crops)
+    assert cli.main(["train", "--data", "crops", *SMALL]) == 2
+    refusal = capsys.readouterr().err
+    assert "1 persons may be spelt in two ways: 'Anna 3' (1) = 'anna 3' (4)" in refusal
+    assert "doctor --data crops --write-clean clean.csv writes a list without these images" in refusal
+    assert not Path("log").exists()
+    argv = ["doctor", "--data", "crops", "--json", "a.json", "--write-clean", "clean.csv", *SMALL]
+    assert cli.main(argv) == 2
+    said = capsys.readouterr()
+    account = json.loads(Path("a.json").read_text())
+    assert account.keys() >= KEYS
+    assert account["verdict"] == "wrong"
+    reasons: Counter[str] = Counter()
+    for reason, paths in account["left_out"].items():
+        reasons[reason.partition(":")[0]] += len(paths)
+    assert sorted(reasons.items()) == [
+        ("a bad image file", 2),
+        ("in no person's folder, and its name does not begin with <person>_c<camera>", 1),
+        ("its person may be spelt in two ways", 5),
+        ("junk", 1),
+        ("of nobody known", 1),
+    ]
+    assert account["found"] == account["used"] + sum(map(len, account["left_out"].values())) == 39
+    warnings = "\n".join(account["warnings"])
+    for text in (
+        "spelt in two ways",
+        "2 of 31 image files cannot be used",
+        "given to two persons",
+        "more than once",
+        "EXIF",
+    ):
+        assert text in warnings
+        assert text in said.out + said.err
+    assert (account["cameras"], "anna 3" in account["persons"]) == (["door", "hall"], False)
+    clean = Path("clean.csv").read_text().splitlines()
+    assert clean[0] == "path,person,camera"
+    assert len(clean) - 1 == account["used"] - 3  # the image of two persons, and a copy
+    assert "26 of 39 images, 7 persons: train --data clean.csv" in said.out
+    assert cli.main(["doctor", "--data", "clean.csv", "--json", "b.json", *SMALL]) == 0
+    assert json.loads(Path("b.json").read_text())["used"] == 26
+    assert cli.main(["train", "--data", "clean.csv", "--name", "shop", *SMALL]) == 0
+    assert cli.main(["doctor", "--data", "crops", "--name", "shop", "--json", "c.json", *SMALL]) == 2  # as it is now
+    assert json.loads(Path("c.json").read_text())["found"] == 39
+
+
+def test_a_run_lies_where_it_is_told_to(crops: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = ["--data", "crops", "--print-config", "OUTPUT_DIR", "there", "SOLVER.MAX_EPOCHS", "3"]
+    assert cli.main(["train", *said]) == 0
+    assert "OUTPUT_DIR: there" in (captured := capsys.readouterr()).out
+    assert Path("there/data.csv").is_file()
+    assert "INFO SOLVER.MAX_EPOCHS" not in captured.err  # the reason of a value that is not taken
+    for wrong in (["--name", "../there"], ["--name", "/tmp/there"], ["--name", ".."]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["train", "--data", "crops", *wrong])
+        assert "must be the name of a folder in log" in capsys.readouterr().err
+    for option in ("--json", "--write-clean"):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["doctor", "--data", "crops", option, "nowhere/a.json"])
+        assert "nowhere/a.json cannot be written: name a file in a folder that is there" in capsys.readouterr().err

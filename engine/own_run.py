@@ -10,6 +10,7 @@ from fusionreid.dataloading.account import refusal_as_json, write_list
 from fusionreid.dataloading.config import DatasetsConfig
 from fusionreid.dataloading.own_data import OwnData, fit_sizes, read_own_data
 from fusionreid.dataloading.records import DataError, printable
+from fusionreid.dataloading.shared_memory import SHARED, most_workers
 from fusionreid.engine import config_yaml
 from fusionreid.engine.config import KEYS, load_config
 from fusionreid.engine.config_files import find_config
@@ -84,8 +85,11 @@ def prepare(
 
 def _fitted(own: OwnData, folder: Path) -> tuple[list[str], tuple[str, ...]]:
     """Return the settings that fit data and machine, and the reason for each."""
-    sizes = fit_sizes(own.split)
-    workers = min(MOST_WORKERS, max(0, len(os.sched_getaffinity(0)) - 1))
+    sizes, base = fit_sizes(own.split), load_config(find_config(BASE))
+    wanted = min(MOST_WORKERS, max(0, len(os.sched_getaffinity(0)) - 1))
+    height, width = base.INPUT.SIZE_TEST
+    workers = most_workers(wanted, 3 * height * width * max(sizes.batch, base.TEST.IMS_PER_BATCH))
+    limit = "cores of this machine, less one" if workers == wanted else f"there is no room for {wanted} in {SHARED}"
     values = {
         "DATASETS.NAMES": "csv",
         "DATASETS.ROOT_DIR": (folder / LIST).absolute(),
@@ -95,5 +99,5 @@ def _fitted(own: OwnData, folder: Path) -> tuple[list[str], tuple[str, ...]]:
         "SOLVER.MAX_EPOCHS": sizes.epochs,
         "OUTPUT_DIR": folder.absolute(),
     }
-    reasons = (*sizes.reasons, f"DATALOADER.NUM_WORKERS {workers}: cores of this machine, less one")
+    reasons = (*sizes.reasons, f"DATALOADER.NUM_WORKERS {workers}: {limit}")
     return [f"{key}={value}" for key, value in values.items()], reasons

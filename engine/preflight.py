@@ -19,9 +19,9 @@ from fusionreid.dataloading.bad_images import BadImages
 from fusionreid.dataloading.cache import free_host_memory
 from fusionreid.dataloading.dataset_warnings import few_persons
 from fusionreid.dataloading.decode import BICUBIC, decode
-from fusionreid.dataloading.decode_workers import check_shared_memory
 from fusionreid.dataloading.own_data import OwnData
 from fusionreid.dataloading.records import check_batch, printable, scarce_persons
+from fusionreid.dataloading.shared_memory import check_shared_memory
 from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.checkpoints.compare import compare
 from fusionreid.engine.checkpoints.load_model import build, find_checkpoint, restore

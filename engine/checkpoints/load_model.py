@@ -57,8 +57,8 @@ def find_checkpoint(cfg: Config) -> Path:
     Not by default: it is chosen by the very images that it is measured on.
     """
     if cfg.TEST.WEIGHT not in ("", "best"):
-        return checkpoint_at(Path(cfg.TEST.WEIGHT), Path(cfg.OUTPUT_DIR))
-    folder = Path(cfg.OUTPUT_DIR) / "checkpoints"
+        return checkpoint_at(Path(cfg.TEST.WEIGHT).absolute(), Path(cfg.OUTPUT_DIR))
+    folder = Path(cfg.OUTPUT_DIR).absolute() / "checkpoints"  # vectors are compared by the checkpoint that they are of
     best = checkpoint.best(folder) if cfg.TEST.WEIGHT else None
     path = best.path if best else checkpoint.latest(folder)
     if path is None:

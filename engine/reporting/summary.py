@@ -20,6 +20,8 @@ from fusionreid.engine.reporting.run_record import Result
 from fusionreid.engine.reporting.runs import ATTENTION, RANK_LISTS, SHOWN_RANKS, draw_report
 from fusionreid.files import atomic_write, write_json
 
+VECTOR = "FEAT", "NECK_FEAT", "FEAT_NORM", "FLIP"  # what of TEST decides a vector
+
 
 def write_results(output: Path, rankings: Mapping[str, Ranking], about: Mapping[str, Any]) -> None:
     """Print the table and write metrics.json: measures by name, and what they are about."""
@@ -39,7 +41,23 @@ def write_results(output: Path, rankings: Mapping[str, Ranking], about: Mapping[
             "interval_95": dict(zip(("mAP", "mINP", "Rank-1"), map(list, zip(low, high)))),
             "unmatched_queries": ranking.num_unmatched,
         }
-    write_json(output / "metrics.json", {**about, "results": results})
+    write_json(output / "metrics.json", {**_kept(output / "metrics.json", about), **about, "results": results})
+
+
+def _kept(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an earlier evaluation of the same vectors found out besides, such as the thresholds."""
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        same = _vectors(earlier) == _vectors(json.loads(json.dumps(about)))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):  # none, or damaged: it is replaced
+        return {}
+    return {key: value for key, value in earlier.items() if key not in about} if same else {}
+
+
+def _vectors(about: Mapping[str, Any]) -> list[Any]:
+    """Return what tells vectors from others: the checkpoint, the images, and the settings that shape a vector."""
+    test = about.get("TEST", {})
+    return [about["checkpoint"], about["split"]["digest"], *(test.get(key) for key in VECTOR)]
 
 
 def add_details(output: Path, details: Mapping[str, Any]) -> None:

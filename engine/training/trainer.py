@@ -152,7 +152,7 @@ class Trainer:
     def _open_logs(self, opened: ExitStack) -> None:
         """Open metrics, profiler and manifest of this start; the other ranks only count."""
         cfg, ranks = self.cfg, self.ranks
-        total_steps = self.loader.steps(1) * cfg.SOLVER.MAX_EPOCHS  # about: epochs differ by a few steps
+        total_steps = self.loader.total_steps(cfg.SOLVER.MAX_EPOCHS)
         if ranks.main:
             run, note = manifest.record(self.output, cfg, self.split, ranks.device, ranks.world_size, self.step)
             if note:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fusionreid.engine import cli
+from fusionreid.dataloading import shared_memory
+from fusionreid.engine import cli, own_run
 from fusionreid.engine.config import load_config
 
 SMALL = [
@@ -149,3 +150,16 @@ def test_a_run_lies_where_it_is_told_to(crops: Path, capsys: pytest.CaptureFixtu
         with pytest.raises(SystemExit, match="2"):
             cli.main(["doctor", "--data", "crops", option, "nowhere/a.json"])
         assert "nowhere/a.json cannot be written: name a file in a folder that is there" in capsys.readouterr().err
+
+
+def test_workers_fit_into_shared_memory(
+    crops: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Docker gives 64 MB: what is chosen for the user must not be refused."""
+    monkeypatch.setattr(own_run.os, "sched_getaffinity", lambda _: range(17))
+    usage = shared_memory.shutil.disk_usage(crops)
+    monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda _: usage._replace(free=64 * 2**20))
+    assert cli.main(["train", "--data", "crops", "--print-config"]) == 0
+    said = capsys.readouterr()
+    assert "NUM_WORKERS: 5" in said.out
+    assert "DATALOADER.NUM_WORKERS 5: there is no room for 8 in /dev/shm" in said.err

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusionreid.dataloading import Split, decode_workers, shared_memory
+from fusionreid.dataloading import Split, shared_memory
 from fusionreid.dataloading.decode import BICUBIC
 from fusionreid.dataloading.decode_workers import DecodeWorkers
 from tests import ROOT

@@ -19,6 +19,8 @@ from fusionreid.files import atomic_write, write_json
 BASE = "own/small"
 LIST, SETTINGS = "data.csv", "config.yml"
 MOST_WORKERS = 8
+RANDOM = {"MODEL.PRETRAIN_CHOICE": "none", "SOLVER.BASE_LR": 1e-3}  # in place of weights that cannot be had
+WHY = "no pretrained weights could be fetched"
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,8 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     write_list(own.split, folder / LIST)
     settled, reasons = _fitted(own, folder)
+    weights, about = _weights(overrides, quiet=quiet)
+    settled, reasons = [*settled, *weights], (*reasons, *about)
     with atomic_write(settings, "w", encoding="utf-8") as file:
         file.write(config_yaml.dump(load_config(find_config(BASE), settled).model_dump(exclude_unset=True)))
     if not quiet:
@@ -101,3 +105,27 @@ def _fitted(own: OwnData, folder: Path) -> tuple[list[str], tuple[str, ...]]:
     }
     reasons = (*sizes.reasons, f"DATALOADER.NUM_WORKERS {workers}: {limit}")
     return [f"{key}={value}" for key, value in values.items()], reasons
+
+
+def _weights(overrides: Sequence[str], *, quiet: bool) -> tuple[list[str], tuple[str, ...]]:
+    """Return the settings of the weights to start from, pinned; random ones where the others cannot be had, and why."""
+    from fusionreid.weights.named import NotFetchedError, addresses, pinned
+
+    model = load_config(find_config(BASE), overrides).MODEL
+    keys = "PRETRAIN_PATH_R", "PRETRAIN_PATH_T"
+    try:
+        found = pinned(model)
+    except NotFetchedError as error:
+        if not quiet:
+            files = " and ".join(addresses(model))
+            log.warning(
+                "training starts from random weights, which learn far less from few persons: %s. To start from them, "
+                "download %s, and set MODEL.PRETRAIN_CHOICE imagenet and the paths of the files, MODEL.PRETRAIN_PATH_R "
+                "and _T",
+                str(error).partition("; download")[0],
+                files,
+            )
+        return [f"{key}={value}" for key, value in RANDOM.items()], tuple(f"{k} {v}: {WHY}" for k, v in RANDOM.items())
+    changed = [key for key in keys if getattr(found, key) != getattr(model, key)]
+    settings = [f"MODEL.{key}={getattr(found, key)}" for key in changed]
+    return settings, tuple(f"MODEL.{key} {getattr(found, key)}: fetched by the name of the backbone" for key in changed)

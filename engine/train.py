@@ -33,9 +33,10 @@ def train(cfg: "Config") -> None:
     # torch loads only now: a mistake in the configuration has been reported at once.
     from fusionreid.engine.distributed import parallel
     from fusionreid.engine.training.trainer import Trainer
+    from fusionreid.weights.named import pinned
 
     startup.lap("imports")
-    trainer = Trainer(cfg, startup)
+    trainer = Trainer(cfg.model_copy(update={"MODEL": pinned(cfg.MODEL)}), startup)
     with Stop() as stop:  # until here a signal ends the process at once: there is nothing to save
         trainer.train(stop)
     parallel.finish()

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from fusionreid.backbones.vit import ViT
 from fusionreid.config import ModelConfig
 from fusionreid.model import FusionReID, build_transformer
 from fusionreid.weights.formats import Layout, best_prefix, fit_positions, read_state, renamed
-from fusionreid.weights.pretrained import CHECKPOINT_FILES, WeightsError, check_weights
+from fusionreid.weights.named import find_weights
+from fusionreid.weights.pretrained import CHECKPOINT_FILES, NONE, WeightsError, check_weights
 
 __all__ = [
     "LoadReport",
@@ -144,14 +145,22 @@ def _share(names: Mapping[str, Any]) -> str | None:
 def load_pretrained(model: FusionReID, config: ModelConfig) -> list[LoadReport]:
     """Start the model as MODEL.PRETRAIN_CHOICE says.
 
-    imagenet: each branch from the file of PRETRAIN_PATH_R or _T; checkpoint: all of it from PRETRAIN_PATH.
+    imagenet: each branch from what PRETRAIN_PATH_R or _T names, a file, weights of timm, or none; checkpoint: all of it
+    from PRETRAIN_PATH.
     """
     check_weights(config)
     if config.PRETRAIN_CHOICE == "checkpoint":
         return [load_finetune(model, config.PRETRAIN_PATH)]
-    branches = ((model.cnn, config.PRETRAIN_PATH_R), (model.transformer, config.PRETRAIN_PATH_T))
-    wanted = branches if config.PRETRAIN_CHOICE == "imagenet" else ()
-    return [load_imagenet(branch, path) for branch, path in wanted if branch is not None]
+    if config.PRETRAIN_CHOICE == "none":
+        return []
+    branches = (("R", model.cnn, config.PRETRAIN_PATH_R), ("T", model.transformer, config.PRETRAIN_PATH_T))
+    reports = []
+    for key, branch, path in branches:
+        if branch is not None and path != NONE:
+            named = find_weights(config, key)
+            report = load_imagenet(branch, named.path if named else path)
+            reports.append(replace(report, source=named.pinned) if named else report)
+    return reports
 
 
 def load_imagenet(backbone: nn.Module, path: str | Path) -> LoadReport:

@@ -1,15 +1,19 @@
 """`train --data PATH` and `doctor --data PATH`: from any folder of crops to a run, with an account of every image."""
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import timm
 from PIL import Image
+from safetensors.torch import save_file
 
 from fusionreid.dataloading import shared_memory
 from fusionreid.engine import cli, own_run
 from fusionreid.engine.config import load_config
+from fusionreid.weights import named
 
 SMALL = [
     *("MODEL.RES_NAME=test_resnet", "MODEL.TRANSFORMER_TYPE=test_vit", "MODEL.MIX_DIM=24", "INPUT.SIZE_TRAIN=(32, 16)"),
@@ -36,6 +40,8 @@ def test_a_folder_is_trained_on_and_a_second_start_goes_on(crops: Path, capsys: 
     said = capsys.readouterr()
     folder = Path("log/shop")
     assert "6 persons to train on, 2 to test with" in said.err
+    assert "training starts from random weights, which learn far less" in said.err  # without a network
+    assert "SOLVER.BASE_LR 0.001: no pretrained weights could be fetched" in said.err
     assert "loose.png" in said.err
     assert json.loads((folder / "exit.json").read_text())["code"] == 0
     assert "anna 3" in (folder / "data.csv").read_text()
@@ -45,6 +51,7 @@ def test_a_folder_is_trained_on_and_a_second_start_goes_on(crops: Path, capsys: 
     assert "going on with the list and the settings of log/shop/config.yml" in capsys.readouterr().err
     assert (folder / "data.csv").read_bytes() == before
     cfg = load_config(folder / "config.yml")
+    assert (cfg.MODEL.PRETRAIN_CHOICE, cfg.SOLVER.BASE_LR) == ("none", 1e-3)
     assert (24, 4, str(folder.absolute())) == (cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE, cfg.OUTPUT_DIR)
     assert cli.main(["evaluate", "--config_file", "log/shop/config.yml", *SMALL]) == 0
 
@@ -163,3 +170,20 @@ def test_workers_fit_into_shared_memory(
     said = capsys.readouterr()
     assert "NUM_WORKERS: 5" in said.out
     assert "DATALOADER.NUM_WORKERS 5: there is no room for 8 in /dev/shm" in said.err
+
+
+def test_weights_are_fetched_and_pinned_in_settings_and_manifest(crops: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(repository: str, _: str) -> str:
+        path = crops.parent / f"{repository.partition('/')[2]}.safetensors"
+        if not path.exists():
+            save_file(timm.create_model(repository.partition("/")[2].partition(".")[0]).state_dict(), path)
+        return str(path)
+
+    monkeypatch.setattr(named, "fetch", fetch)
+    assert cli.main(["train", "--data", "crops", "--name", "shop", *SMALL]) == 0
+    model = load_config("log/shop/config.yml").MODEL
+    digest = hashlib.sha256((crops.parent / "test_vit.r160_in1k.safetensors").read_bytes()).hexdigest()
+    assert ("imagenet", f"test_vit.r160_in1k@sha256:{digest}") == (model.PRETRAIN_CHOICE, model.PRETRAIN_PATH_T)
+    manifest = json.loads(Path("log/shop/manifest.json").read_text())
+    assert manifest["config"]["MODEL"]["PRETRAIN_PATH_T"] == model.PRETRAIN_PATH_T
+    assert f"{model.PRETRAIN_PATH_T}: " in Path("log/shop/log.txt").read_text()

@@ -70,6 +70,11 @@ class Split:
         return tuple(sorted({record.camera for record in self.train}))
 
     @property
+    def names_of_cameras(self) -> list[str]:
+        """Names of the cameras seen in training; one that has none is known by its number, from 1."""
+        return [self.camera_names.get(camera, str(camera + 1)) for camera in self.cameras]
+
+    @property
     def num_persons(self) -> int:
         """Number of persons to train on."""
         return len(self.persons)

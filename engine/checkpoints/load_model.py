@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ class Trained(NamedTuple):
     model: FusionReID
     cameras: tuple[int, ...]
     dataset: str | None  # DATASETS.NAMES; None: not known
+    camera_names: tuple[str, ...]  # of the cameras, as their owner wrote them
 
 
 def build(cfg: Config, num_classes: int, num_cameras: int) -> FusionReID:
@@ -73,9 +74,7 @@ def restore(path: Path, cfg: Config) -> Trained:
     if path.is_dir():
         tensors, state = checkpoint.load(path)
         _warn_of_differences(cfg, config_of(state, path))
-        model = build(cfg, state["classes"], max(state["cameras"]) + 1)
-        load_model(model, tensors["model"] | tensors.get("average", {}))  # of the weights, if one was kept
-        return Trained(model, tuple(state["cameras"]), state["config"]["DATASETS"]["NAMES"])
+        return _trained(tensors, state, cfg)
     published = read_state(path)
     classes = {len(t) for name, t in published.items() if t.ndim == 2 and re.search(r"classifier(_\d)?\.weight$", name)}
     if len(classes) != 1:
@@ -83,7 +82,26 @@ def restore(path: Path, cfg: Config) -> Trained:
     cameras = max((len(t) for name, t in published.items() if t.ndim and name.endswith("sie_embed")), default=1)
     model = build(cfg, classes.pop(), cameras)
     load_published(model, published)
-    return Trained(model, tuple(range(cameras)), None)
+    return Trained(model, tuple(range(cameras)), None, _numbered(range(cameras)))
+
+
+def restore_as_trained(path: Path) -> tuple[Trained, Config]:
+    """The trained model of a checkpoint folder, and the configuration that it was trained with."""
+    tensors, state = checkpoint.load(path)
+    cfg = config_of(state, path)
+    return _trained(tensors, state, cfg), cfg
+
+
+def _trained(tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], cfg: Config) -> Trained:
+    cameras = tuple(state["cameras"])
+    model = build(cfg, state["classes"], max(cameras) + 1)
+    load_model(model, {**tensors["model"], **tensors.get("average", {})})  # of the weights, if one was kept
+    names = tuple(state.get("camera_names", _numbered(cameras)))
+    return Trained(model, cameras, state["config"]["DATASETS"]["NAMES"], names)
+
+
+def _numbered(cameras: Iterable[int]) -> tuple[str, ...]:
+    return tuple(str(camera + 1) for camera in cameras)
 
 
 def _warn_of_differences(cfg: Config, trained: Config) -> None:

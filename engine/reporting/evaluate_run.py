@@ -19,6 +19,7 @@ from fusionreid.engine.distributed.numerics import set_numerics
 from fusionreid.engine.distributed.parallel import Ranks
 from fusionreid.engine.evaluation import embeddings
 from fusionreid.engine.evaluation.baselines import colour_histogram
+from fusionreid.engine.evaluation.cameras import number_as_trained
 from fusionreid.engine.evaluation.details import details
 from fusionreid.engine.evaluation.evaluator import (
     check_cameras,
@@ -36,6 +37,8 @@ from fusionreid.engine.monitoring.manifest import describe_data
 from fusionreid.engine.reporting.attention import attention_maps
 from fusionreid.engine.reporting.summary import add_details, shown_queries, write_report, write_results
 
+OWN = "folder", "market", "csv"  # readers of own data, one model for all
+
 
 def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
     """Evaluate a trained model on the data set of the configuration: table, metrics.json and report in OUTPUT_DIR."""
@@ -49,6 +52,8 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
     trained = restore(path, cfg)
     bad = BadImages(cfg.DATASETS.ON_BAD, output, ranks.main)
     split = decide(lambda: bad.check(read_split(cfg.DATASETS), ("query", "gallery")), ranks)
+    if trained.dataset in OWN:
+        split = number_as_trained(split, trained.cameras, trained.camera_names)
     ids, records, num_query = split_ids(split), (*split.query, *split.gallery), len(split.query)
     check_matches(*ids)
     cameras = known_cameras(trained, split, cfg)
@@ -95,7 +100,8 @@ def evaluate_stored(cfg: Config) -> None:
 
 def known_cameras(trained: Trained, split: Split, cfg: Config) -> tuple[int, ...]:
     """Cameras of the split that the model has embeddings of: none, if it was trained on another data set."""
-    if trained.dataset is None or _bare(trained.dataset) == _bare(cfg.DATASETS.NAMES):
+    both_own = trained.dataset in OWN and cfg.DATASETS.NAMES in OWN  # cameras go by their names
+    if trained.dataset is None or both_own or _bare(trained.dataset) == _bare(cfg.DATASETS.NAMES):
         check_cameras(split, trained.cameras, cfg)
         return trained.cameras
     if has_camera_embedding(cfg, trained.cameras) and cfg.TEST.SIE_UNKNOWN == "error":

@@ -283,7 +283,7 @@ class Trainer:
             state = {
                 "epoch": self.epoch, "step_in_epoch": self.step_in_epoch, "evaluation_due": self.evaluation_due,
                 "classes": self.split.num_persons, "cameras": self.split.cameras,
-                "config": self.cfg.model_dump(mode="json"),
+                "camera_names": self.split.names_of_cameras, "config": self.cfg.model_dump(mode="json"),
             }  # fmt: skip
             self.store.save(self.step, tensors, state)
 

@@ -1,11 +1,12 @@
 """Image file to RGB pixels of the wanted size: torchvision for the JPEGs that it reads as Pillow does, else Pillow."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby, islice
 from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -23,10 +24,11 @@ RUN_BYTES = 1 << 18  # of pixels resized together: one by one takes a sixth long
 
 def decode(path: str, size: tuple[int, int], resize: Filter) -> Tensor:
     """Decode to (H, W, 3) uint8, size (H, W) in pixels: the first frame, never turned by EXIF, without alpha."""
-    return _resize(_read(path)[None], size, resize)[0]
+    return _resize(read_pixels(path)[None], size, resize)[0]
 
 
-def _read(path: str) -> Tensor:
+def read_pixels(path: str) -> Tensor:
+    """Decode to (h, w, 3) uint8 in the file's own size. DataError: it cannot be read."""
     try:
         return _decode(read_file(path))
     except Exception as error:  # decoders raise whatever a broken file leads them to
@@ -46,6 +48,11 @@ def _decode(data: bytes) -> Tensor:
         if (pixels[:, -1, -1] == GREY).all() and _ends_early(data, pixels):
             raise ValueError(f"its header says {image.width} x {image.height} pixels, its data end before")
         return pixels.permute(1, 2, 0)
+    return rgb_pixels(image)
+
+
+def rgb_pixels(image: Image.Image) -> Tensor:
+    """Decode an image that Pillow has opened to (h, w, 3) uint8, without alpha."""
     return torch.from_numpy(np.array(image.convert("RGB")))
 
 
@@ -64,9 +71,14 @@ def _ends_early(data: bytes, pixels: Tensor) -> bool:
 
 
 def decode_batch(paths: Sequence[str], size: tuple[int, int], resize: Filter) -> Tensor:
-    """Decode to (B, H, W, 3) uint8. Neighbours of one size are resized together."""
-    batch, start = torch.empty((len(paths), *size, 3), dtype=torch.uint8), 0
-    for shape, same in groupby(map(_read, paths), lambda pixels: pixels.shape):
+    """Decode to (B, H, W, 3) uint8."""
+    return resize_batch(map(read_pixels, paths), len(paths), size, resize)
+
+
+def resize_batch(images: Iterable[Tensor], count: int, size: tuple[int, int], resize: Filter) -> Tensor:
+    """Resize `count` images (h, w, 3) uint8 to (B, H, W, 3). Neighbours of one size are resized together."""
+    batch, start = torch.empty((count, *size, 3), dtype=torch.uint8), 0
+    for shape, same in groupby(images, lambda pixels: pixels.shape):
         while run := list(islice(same, max(1, RUN_BYTES // shape.numel()))):
             batch[start : start + len(run)] = _resize(torch.stack(run), size, resize)
             start += len(run)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fusionreid.dataloading.bad_images import BadImages
 from fusionreid.dataloading.image_files import find_images
-from fusionreid.dataloading.loader import TestLoader
+from fusionreid.dataloading.loader import Batch, TestLoader
 from fusionreid.dataloading.records import Record
 from fusionreid.engine.checkpoints.load_model import find_checkpoint, restore
 from fusionreid.engine.config import Config, TestConfig
@@ -54,7 +54,7 @@ def embed(
     """
     share, done = -(-len(images.records) // ranks.world_size), 0
     rows = torch.empty(0)
-    for vectors in embedded_batches(model, images, cameras, cfg, ranks, before_batch):
+    for vectors in embedded_batches(model, images, cameras, cfg, ranks.device, before_batch):
         if not done:
             num_bytes = 4 * share * ranks.world_size * vectors.shape[1]
             device = ranks.device if parallel.fits_on_device(ROOM * num_bytes, ranks) else "cpu"
@@ -69,17 +69,17 @@ def embed(
 
 def embedded_batches(
     model: nn.Module,
-    images: TestLoader,
+    images: Iterable[Batch],
     cameras: Sequence[int],
     cfg: Config,
-    ranks: Ranks,
+    device: torch.device,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:
-    """Yield the test vectors (b, D) of one batch of this rank's images after the other, fp32 on the device.
+    """Yield the test vectors (b, D) of one batch of images after the other, fp32 on the device.
 
     All batches have the same size for the model: what is compiled or tuned for a shape is so once.
     """
-    known = torch.tensor(list(cameras), dtype=torch.int64, device=ranks.device)
+    known = torch.tensor(list(cameras), dtype=torch.int64, device=device)
     model.eval()
     batches = iter(images)
     batch, size = next(batches, None), 0
@@ -89,7 +89,7 @@ def embedded_batches(
         size = size or count
         seen = F.pad(known_only(batch.cameras, known), (0, size - count), value=-1)
         pixels = _padded(batch.images, size)
-        with parallel.autocast(cfg.SOLVER.PRECISION, ranks.device):
+        with parallel.autocast(cfg.SOLVER.PRECISION, device):
             vectors = feature_vectors(model, pixels, seen, test=cfg.TEST)[:count]
         batch = next(batches, None)  # before anyone waits for these vectors: a GPU still computes them
         yield vectors
@@ -133,9 +133,9 @@ def own_rows(count: int, ranks: Ranks) -> slice:
     return slice(min(ranks.rank * share, count), min((ranks.rank + 1) * share, count))
 
 
-def embed_images(cfg: Config, path: Path) -> Embeddings | None:
-    """Embed an image, or the images in a folder, by the model of the configuration; None but on the main rank."""
-    model, images, source, ranks = _model_and_images(cfg, path)
+def embed_images(cfg: Config, path: Path, listed: Sequence[Record] = ()) -> Embeddings | None:
+    """Embed an image or the images in a folder, or those `listed` at the path; None but on the main rank."""
+    model, images, source, ranks = _model_and_images(cfg, path, listed)
     features = embed(model, images, (), cfg, ranks)
     return Embeddings(features.cpu(), tuple(images.records), 0, source) if ranks.main else None
 
@@ -149,7 +149,7 @@ def embed_to_folder(cfg: Config, path: Path, folder: Path) -> int:
     model, images, source, ranks = _model_and_images(cfg, path)
     mine = own_rows(len(images.records), ranks)
     num_rows = mine.stop - mine.start
-    batches = embedded_batches(model, images, (), cfg, ranks)
+    batches = embedded_batches(model, images, (), cfg, ranks.device)
     first = next(batches)
 
     def own() -> Iterator[Tensor]:
@@ -162,12 +162,14 @@ def embed_to_folder(cfg: Config, path: Path, folder: Path) -> int:
     return len(images.records)
 
 
-def _model_and_images(cfg: Config, path: Path) -> tuple[nn.Module, TestLoader, dict[str, Any], Ranks]:
+def _model_and_images(
+    cfg: Config, path: Path, listed: Sequence[Record] = ()
+) -> tuple[nn.Module, TestLoader, dict[str, Any], Ranks]:
     """The trained model, this rank's share of the images at the path, and what `Embeddings.source` is to say."""
     ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
     set_numerics(cfg.SOLVER.PRECISION, deterministic=cfg.PARALLEL.DETERMINISTIC)
     bad = BadImages(cfg.DATASETS.ON_BAD, main=ranks.main)
-    records = decide(lambda: bad.check_images(find_images(path)), ranks)
+    records = decide(lambda: bad.check_images(listed or find_images(path)), ranks)
     checkpoint = find_checkpoint(cfg)
     model = parallel.replicate(restore(checkpoint, cfg).model, ranks, cfg.PARALLEL)
     source = {"data": str(path), "checkpoint": str(checkpoint), "TEST": cfg.TEST.model_dump(mode="json")}

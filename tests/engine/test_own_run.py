@@ -1,7 +1,9 @@
 """`train --data PATH` and `doctor --data PATH`: from any folder of crops to a run, with an account of every image."""
 
+import csv
 import hashlib
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -45,6 +47,8 @@ def test_a_folder_is_trained_on_and_a_second_start_goes_on(crops: Path, capsys: 
     assert "loose.png" in said.err
     assert json.loads((folder / "exit.json").read_text())["code"] == 0
     assert "anna 3" in (folder / "data.csv").read_text()
+    (state,) = (json.loads(path.read_text()) for path in folder.glob("checkpoints/*/state.json"))
+    assert state["camera_names"] == ["door", "hall"]
     before = (folder / "data.csv").read_bytes()
     (crops / "anna 9/hall").mkdir(parents=True)
     assert cli.main(["train", "--data", "crops", "--name", "shop", *SMALL]) == 0
@@ -187,3 +191,32 @@ def test_weights_are_fetched_and_pinned_in_settings_and_manifest(crops: Path, mo
     manifest = json.loads(Path("log/shop/manifest.json").read_text())
     assert manifest["config"]["MODEL"]["PRETRAIN_PATH_T"] == model.PRETRAIN_PATH_T
     assert f"{model.PRETRAIN_PATH_T}: " in Path("log/shop/log.txt").read_text()
+
+
+def test_the_same_persons_through_every_reader_have_the_same_map(crops: Path, tmp_path: Path) -> None:
+    """The same weights and the same split as --data has it, in folders, under Market's names and in another list."""
+    assert cli.main(["train", "--data", "crops", "--name", "shop", *SMALL]) == 0
+    with open("log/shop/data.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    market = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
+    for number, row in enumerate(rows):
+        person, camera, part = row["person"], row["camera"], row["split"]
+        for path in (f"folder/{part}/{person}/{camera}/{number}.png",
+                     f"market/{market[part]}/{person}_c{1 + (camera == 'hall')}_{number}.png"):  # fmt: skip
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(row["path"], path)
+    lines = [";".join([row["split"], row["camera"], row["path"], row["person"]]) for row in rows]
+    Path("list.csv").write_text("\n".join(["set;cam;file;id", *lines]), encoding="utf-16")
+    found = []
+    for name, place in {"csv": "log/shop/data.csv", "folder": "folder", "market": "market", "CSV": "list.csv"}.items():
+        argv = [
+            f"DATASETS.NAMES={name}",
+            f"DATASETS.ROOT_DIR={place}",
+            f"OUTPUT_DIR=log/{name}",
+            "TEST.WEIGHT=log/shop",
+        ]
+        assert cli.main(["evaluate", "--config_file", "log/shop/config.yml", *SMALL, *argv]) == 0
+        result = json.loads(Path(f"log/{name}/metrics.json").read_text())["results"]["FusionReID"]
+        found.append((result["mAP"], result["mINP"], result["cmc"], result["valid_queries"]))
+    assert found == [found[0]] * 4
+    assert found[0][3] == 4

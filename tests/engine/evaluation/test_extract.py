@@ -57,7 +57,7 @@ def test_the_model_sees_one_shape_and_the_last_rows_are_cut(records: tuple[Recor
     cfg, model = evaluation(), Recorder()
     images, ranks = loader(records, cfg), parallel.start("cpu")
     assert [len(batch.images) for batch in images] == [4, 4, 3]
-    batches = list(embedded_batches(model, images, (0, 1), cfg, ranks))
+    batches = list(embedded_batches(model, images, (0, 1), cfg, ranks.device))
     assert model.shapes == [(4, 3, 32, 16, 4)] * 3
     assert [len(vectors) for vectors in batches] == [4, 4, 3]
     features = embed(model, images, (0, 1), cfg, ranks)

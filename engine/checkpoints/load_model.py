@@ -4,8 +4,9 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
 from fusionreid import FusionReID, build_model
@@ -18,7 +19,16 @@ from fusionreid.engine.distributed import parallel
 from fusionreid.weights import WeightsError, load_published
 from fusionreid.weights.formats import read_state
 
+MOST = 10**6  # persons or cameras: more were never photographed
+
 log = logging.getLogger(__name__)
+
+
+class Trainees(BaseModel, strict=True):
+    """What the state.json of a checkpoint says of those whom its model was trained on."""
+
+    classes: Annotated[int, Field(gt=0, le=MOST)]
+    cameras: Annotated[list[Annotated[int, Field(ge=0, lt=MOST)]], Field(min_length=1)]
 
 
 class Trained(NamedTuple):
@@ -46,6 +56,8 @@ def config_of(state: Mapping[str, Any], path: Path) -> Config:
     """The configuration that a checkpoint was trained with."""
     try:
         return Config.from_dict(state["config"])
+    except (KeyError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its state.json holds no configuration: use another checkpoint") from error
     except ConfigError as error:
         raise CheckpointError(f"{path} is of another version, whose configuration this one does not know: use that "
                               f"version\n{error}") from error  # fmt: skip
@@ -72,10 +84,18 @@ def restore(path: Path, cfg: Config) -> Trained:
     """The trained model, from a checkpoint folder or a file of the published code."""
     if path.is_dir():
         tensors, state = checkpoint.load(path)
-        _warn_of_differences(cfg, config_of(state, path))
-        model = build(cfg, state["classes"], max(state["cameras"]) + 1)
-        load_model(model, tensors["model"] | tensors.get("average", {}))  # of the weights, if one was kept
-        return Trained(model, tuple(state["cameras"]), state["config"]["DATASETS"]["NAMES"])
+        trained, weights = config_of(state, path), tensors.get("model", {})
+        try:
+            seen = Trainees.model_validate(state)
+        except ValidationError as error:
+            raise CheckpointError(f"{path}: its state.json cannot be followed: {error}") from error
+        heads = {len(t) for name, t in weights.items() if name.endswith("classifier.weight") and t.ndim}
+        if heads != {seen.classes}:  # before memory is taken for so many
+            raise CheckpointError(f"{path}: its state.json says {seen.classes} persons, its classifiers have {heads}")
+        _warn_of_differences(cfg, trained)
+        model = build(cfg, seen.classes, max(seen.cameras) + 1)
+        load_model(model, weights | tensors.get("average", {}))  # of the weights, if one was kept
+        return Trained(model, tuple(seen.cameras), trained.DATASETS.NAMES)
     published = read_state(path)
     classes = {len(t) for name, t in published.items() if t.ndim == 2 and re.search(r"classifier(_\d)?\.weight$", name)}
     if len(classes) != 1:

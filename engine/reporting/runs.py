@@ -3,10 +3,13 @@
 import math
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from fusionreid.dataloading.records import PARTS
+from PIL import Image
+
+from fusionreid.dataloading.records import PARTS, DataError
 from fusionreid.engine.config import Config
 from fusionreid.engine.reporting.charts import COLOURS, Chart, Line, line_chart, ticks
 from fusionreid.engine.reporting.html import Cell, Section, Table, text_table, write_page
@@ -46,13 +49,24 @@ def draw_report(output: Path, cfg: Config, compare: Sequence[Path] = ()) -> None
         sections.append(Section("Settings that differ", table=text_table(("", *(run.name for run in runs)), rows)))
     for file, (title, text) in PICTURES.items():
         if (output / file).is_file():
-            sections.append(Section(title, text, picture=(output / file).read_bytes()))
+            sections.append(Section(title, text, picture=_picture(output / file)))
     if about.split:
         rows = [[part, *(f"{count:,}" for _, count in getattr(about.split, part))] for part in PARTS]
         sections.append(Section("Data", table=text_table(("", *Counts.model_fields), rows)))
     sections.append(Section("Configuration", code=cfg.dump()))
     write_page(output / REPORT, "FusionReID", f"{about.data} {about.note}".strip(), sections)
     print(f"report: {output / REPORT}")
+
+
+def _picture(path: Path) -> bytes:
+    """Read a PNG file, every part of which has a checksum."""
+    try:
+        data = path.read_bytes()
+        with Image.open(BytesIO(data), formats=["PNG"]) as image:
+            image.verify()
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{path} is damaged: {error}; evaluate that run again, or remove the picture") from error
+    return data
 
 
 def _result_sections(results: Mapping[str, Result]) -> list[Section]:

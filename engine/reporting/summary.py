@@ -1,6 +1,5 @@
 """Results of an evaluation: the printed table, metrics.json with intervals and details, pictures and the report."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from fusionreid.engine.reporting.attention import Maps, attention_sheet
 from fusionreid.engine.reporting.rank_lists import SHOWN_QUERIES, choose_queries, rank_lists
 from fusionreid.engine.reporting.run_record import Result
 from fusionreid.engine.reporting.runs import ATTENTION, RANK_LISTS, SHOWN_RANKS, draw_report
-from fusionreid.files import atomic_write, write_json
+from fusionreid.files import atomic_write
+from fusionreid.sealed import unsealed, write_sealed
 
 
 def write_results(output: Path, rankings: Mapping[str, Ranking], about: Mapping[str, Any]) -> None:
@@ -39,7 +39,7 @@ def write_results(output: Path, rankings: Mapping[str, Ranking], about: Mapping[
             "interval_95": dict(zip(("mAP", "mINP", "Rank-1"), map(list, zip(low, high)))),
             "unmatched_queries": ranking.num_unmatched,
         }
-    write_json(output / "metrics.json", {**about, "results": results})
+    write_sealed(output / "metrics.json", {**about, "results": results})
 
 
 def add_details(output: Path, details: Mapping[str, Any]) -> None:
@@ -49,8 +49,8 @@ def add_details(output: Path, details: Mapping[str, Any]) -> None:
         limit = f"distance at most {distance:.3f}" if cosine is None else f"cosine at least {cosine:.3f}"
         found, rarity = 100 * point["true_positive_rate"], 1 / point["false_positive_rate"]
         print(f"same person if {limit}: finds {found:.1f} % of the matches, accepts 1 in {rarity:,.0f} other pairs")
-    results = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-    write_json(output / "metrics.json", {**results, **details})
+    results = unsealed((output / "metrics.json").read_bytes())  # written by this very process
+    write_sealed(output / "metrics.json", {**results, **details})
 
 
 def shown_queries(ranking: Ranking, query: Sequence[Record]) -> list[Record]:

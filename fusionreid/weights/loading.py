@@ -14,6 +14,7 @@ from fusionreid.backbones.resnet import TimmCNN
 from fusionreid.backbones.t2t import T2TViT
 from fusionreid.backbones.vit import ViT
 from fusionreid.config import ModelConfig
+from fusionreid.errors import ReIDError
 from fusionreid.model import FusionReID, build_transformer
 from fusionreid.weights.formats import Layout, best_prefix, fit_positions, read_state, renamed
 from fusionreid.weights.pretrained import CHECKPOINT_FILES, WeightsError, check_weights
@@ -198,7 +199,7 @@ def _saved_layout(path: Path) -> Layout:
         section = ModelConfig.model_validate_json(json.dumps(config["MODEL"]))
         with torch.device("meta"):
             saved = build_transformer(section, tuple(config["INPUT"]["SIZE_TRAIN"]), num_cameras=1)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError, ReIDError) as error:
         raise WeightsError(
             f"{path}: must hold the configuration of the checkpoint, reading it says: {error}"
         ) from error

@@ -38,7 +38,8 @@ class Tally:
 def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
     found = Tally()
     yield found
-    request.node.user_properties.append(("tally", dict(found.kinds)))
+    promise = request.node.get_closest_marker("promise").args[0]
+    request.node.user_properties.append(("tally", (promise, dict(found.kinds))))
     assert not found.lost, "\n".join([f"{len(found.lost)} of {found.kinds.total()} are lost", *found.lost[:20]])
     assert found.kinds.total(), "no case was counted"
 
@@ -48,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.promises:
+    if config.option.promises and not hasattr(config, "workerinput"):  # the main process has all reports
         config.pluginmanager.register(Page(), "promises")
 
 
@@ -65,37 +66,37 @@ class Page:
     """Collects reports, and writes the page when the session ends."""
 
     def __init__(self) -> None:
-        self.promises: dict[str, str] = {}  # node -> text of its marker
-        self.seconds: Counter[str] = Counter()  # by node
-        self.tallies: dict[str, dict[str, int]] = {}
+        self.seconds: Counter[str] = Counter()  # by promise
+        self.tallies: dict[str, Counter[str]] = {}  # of all cases of a test
+        self.shown: dict[str, str] = {}  # promise -> its test
+        self.broken: set[str] = set()  # nodes that failed
         self.passed: Counter[str] = Counter()  # by test without parameters
         self.failed: Counter[str] = Counter()
         self.took: Counter[str] = Counter()
 
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        for item in session.items:
-            if marker := item.get_closest_marker("promise"):
-                self.promises[item.nodeid] = marker.args[0]
-
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         node = report.nodeid
-        self.seconds[node] += report.duration
         for name, value in report.user_properties:
-            if name == "tally":
-                self.tallies[node] = value
+            if name == "tally" and report.when == "teardown":
+                promise, kinds = value
+                kinds["lost"] = max(kinds.get("lost", 0), int(node in self.broken))
+                self.tallies.setdefault(promise, Counter()).update(kinds)
+                self.shown[promise] = node.partition("[")[0]
+                self.seconds[promise] += self.took[node]
+        self.took[node] += report.duration
         test = node.removeprefix("tests/").partition("[")[0].replace(".py::", "::")
         self.took[test] += report.duration
-        if report.when == "call":
+        if report.failed:
+            self.broken.add(node)
+        if report.when == "call" and not report.skipped:
             (self.passed if report.passed else self.failed)[test] += 1
 
     def pytest_sessionfinish(self) -> None:
         sweeps, rows = _read(PAGE)
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
-        for node, promise in self.promises.items():
-            if (kinds := self.tallies.get(node)) is not None:
-                numbers = [sum(kinds.values()), *(kinds.get(kind, 0) for kind in KINDS), round(self.seconds[node])]
-                test = node.partition("[")[0]
-                sweeps[promise] = [f"`pytest -m sweep {test}`", *(f"{n:,}" for n in numbers), today]
+        for promise, kinds in self.tallies.items():
+            numbers = [kinds.total(), *(kinds[kind] for kind in KINDS), round(self.seconds[promise])]
+            sweeps[promise] = [f"`pytest -m sweep {self.shown[promise]}`", *(f"{n:,}" for n in numbers), today]
         for fault, tests in FAULTS.items():
             cases, failed = (sum(count[test] for test in tests) for count in (self.passed, self.failed))
             if all(self.passed[test] + self.failed[test] for test in tests):

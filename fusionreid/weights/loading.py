@@ -207,11 +207,17 @@ def _saved_layout(path: Path) -> Layout:
 
 
 def _require_floats(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], source: str) -> None:
-    strange = [n for n, v in theirs.items() if ours[n].is_floating_point() and not v.is_floating_point()]
+    floats = {name: value for name, value in theirs.items() if ours[name].is_floating_point()}
+    strange = [name for name, value in floats.items() if not value.is_floating_point() or value.dtype.itemsize < 2]
     if strange:
         raise WeightsError(
             f"{source}: {len(strange)} entries hold {theirs[strange[0]].dtype} where the model has "
             f"{ours[strange[0]].dtype}, the first is {strange[0]}; quantised weights must be saved as float again"
+        )
+    if broken := [name for name, value in floats.items() if not value.isfinite().all()]:
+        raise WeightsError(
+            f"{source}: {len(broken)} entries are not finite, the first is {broken[0]}: the file is damaged, or the "
+            "training that wrote it had failed; use another"
         )
 
 

@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class World:
     readers: dict[str, "Reader"] = field(default_factory=dict)
     opened: dict[Path, list[str]] = field(default_factory=dict)  # relative path -> commands that open it
     expected: dict[str, object] = field(default_factory=dict)  # by command
+    seconds: dict[str, float] = field(default_factory=dict)  # that each takes
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,9 @@ def build(folder: Path) -> World:
     folder.rename(world.folder)
     for name, reader in world.readers.items():
         with copied(world) as copy, traced(copy) as paths:
+            start = time.monotonic()
             code, text = run(reader.argv)
+            world.seconds[name] = time.monotonic() - start
             assert code == 0, text
             world.expected[name] = reader.result()
         for path in sorted(path.relative_to(copy) for path in paths):

@@ -112,7 +112,7 @@ def _read(page: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     tables = []
     for part in (text.partition(ROWS)[0], text.partition(ROWS)[2]):
         cells = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| ")]
-        tables.append({row[0]: row[1:] for row in cells[1:]})
+        tables.append({row[0]: row[1:] for row in cells[2:]})
     return tables[0], tables[1]
 
 

@@ -68,14 +68,14 @@ def is_intact(line: bytes) -> bool:
 def drop_after(path: Path, step: int, evaluated: int, period: int) -> None:
     """Remove from a file of JSON lines those after `step`, and evaluations after the step `evaluated`.
 
-    Damaged lines go too, which is told unless it is the last line of a run that was killed. It is told as well if the
-    lines end before `step`, every `period` of which was logged.
+    Damaged lines go too, which is told, and so is it if none is left or the lines end before `step`, every `period` of
+    which was logged.
     """
     if path.is_symlink() or path.exists():
         check_file(path)
-    *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    lines = path.read_bytes().splitlines() if path.exists() else []
     kept, damaged, logged = [], 0, 0
-    for line in lines if not last else [*lines, last]:
+    for line in lines:
         try:
             values = json.loads(line)
             is_later = values["step"] > (evaluated if any(name.startswith("eval/") for name in values) else step)
@@ -85,10 +85,12 @@ def drop_after(path: Path, step: int, evaluated: int, period: int) -> None:
                 kept.append(line + b"\n")
                 logged = max(logged, values["step"])
         except (ValueError, TypeError, KeyError, RecursionError):
-            damaged += line is not last
+            damaged += 1
     if damaged:
         log.warning("%s: %d of %d lines are damaged and left out", path, damaged, len(lines))
-    if step - logged >= period:
+    if step and not kept:
+        log.warning("%s holds nothing of the first %d steps: they are lost to it", path, step)
+    elif step - logged >= period:
         log.warning("%s ends with step %d, the run goes on from step %d: lines are lost", path, logged, step)
     if path.exists():
         with atomic_write(path) as file:

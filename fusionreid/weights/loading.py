@@ -215,7 +215,7 @@ def _require_floats(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], so
             f"{source}: {len(strange)} entries hold {theirs[strange[0]].dtype} where the model has "
             f"{ours[strange[0]].dtype}, the first is {strange[0]}; quantised weights must be saved as float again"
         )
-    if broken := [name for name, value in floats.items() if not value.isfinite().all()]:
+    if broken := [name for name, value in floats.items() if not value.is_meta and not value.isfinite().all()]:
         raise WeightsError(
             f"{source}: {len(broken)} entries are not finite, the first is {broken[0]}: the file is damaged, or the "
             "training that wrote it had failed; use another"

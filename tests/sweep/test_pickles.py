@@ -147,6 +147,6 @@ def test_no_command_runs_pickled_code(tmp_path: Path, tally: Tally, monkeypatch:
     folder(bait, Canary(canary)) if name == "folder" else bait.write_bytes(FILES[name](Canary(canary)))
     for argv in doors(bait, tmp_path / "out"):
         code, text = world.run(argv)
-        kind = "lost" if canary.exists() or code not in (0, 2, 3) or "Traceback" in text else "refused"
+        kind = "lost" if canary.exists() or code not in (0, 2, 3, 4) or "Traceback" in text else "refused"
         tally.add(kind if code else "survived", f"{argv[0]} {argv[-1]}: exit {code}: {text[-800:]}")
         canary.unlink(missing_ok=True)

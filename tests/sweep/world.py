@@ -78,7 +78,8 @@ def weights(run: str) -> object:
     for part, entries in sorted(tensors.items()):
         for name, tensor in sorted(entries.items()):
             digest.update(f"{part} {name}".encode() + tensor.contiguous().flatten().view(-1).numpy().tobytes())
-    lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    metrics = Path(run, "metrics.jsonl")
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
     log = [{key: value for key, value in line.items() if key not in TIMES | {"crc32"}} for line in lines]
     return digest.hexdigest(), state["step"], log
 
@@ -245,6 +246,6 @@ def judge(world: World, name: str, path: Path, damage: Callable[[Path], None]) -
                 return Outcome("survived", text)
             warnings = [line for line in text.splitlines() if " WARNING " in line or "differs from the start" in line]
             return Outcome("told" if any(path.name in line for line in warnings) else "silent", text)
-    named = path.name in text or path.parent.name in text
+    named = path.name in text or path.parent.name in text or path.name in EDITABLE  # there a key or a line is named
     is_refusal = code in CODES and named and "Traceback" not in text and "\x1b" not in text
     return Outcome("refused" if is_refusal else "lost", f"exit {code}: {text}")

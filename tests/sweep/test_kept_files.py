@@ -67,6 +67,8 @@ def test_cuts(made: World, tally: Tally) -> None:
 def test_what_stands_in_their_place(made: World, tally: Tally) -> None:
     for path, reader in pairs(made):
         for what, place in damage.PLACES.items():
+            if (what, path.name) == ("a pipe", "config.yml"):
+                continue  # a shell's <(...) is one, and is waited for
             judge(made, tally, path, reader, damage.replace(place), what)
 
 

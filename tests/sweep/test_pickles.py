@@ -66,7 +66,7 @@ def _arrays(bomb: Canary) -> bytes:
 
 
 def _tag(bomb: Canary) -> bytes:
-    return f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{bomb.path}]]".encode()
+    return f"!!python/object/apply:builtins.open [{bomb.path}, w]".encode()
 
 
 FILES: dict[str, Callable[[Canary], bytes]] = {

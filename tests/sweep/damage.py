@@ -10,6 +10,7 @@ from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
+from fusionreid.dataloading import index
 from fusionreid.engine.monitoring.jsonl import is_intact, line_of
 from fusionreid.sealed import entries, seal
 from fusionreid.weights.checkpoint_files import FORMAT, MANIFEST, STATE
@@ -77,6 +78,10 @@ def forge(draw: random.Random) -> Damage:
     """Other JSON, whose digests are made to fit, as a forger can."""
 
     def damage(path: Path) -> None:
+        if path.name == index.FILE:  # its digest stands before it
+            text = json.dumps(_changed(json.loads(path.read_bytes().partition(b"\n")[2]), draw)).encode()
+            path.write_bytes(index._digest(text) + b"\n" + text)
+            return
         lines = path.read_bytes().splitlines() if path.suffix == ".jsonl" else [path.read_bytes()]
         at = draw.randrange(len(lines))
         lines[at] = _encode(lines[at], _changed(json.loads(lines[at]), draw), draw)

@@ -5,13 +5,14 @@ another image of the same person replaces it, at the same position, so that the 
 gallery lose the image.
 """
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from fusionreid.dataloading.dataset_warnings import dataset_warnings
 from fusionreid.dataloading.image_files import read_file
@@ -25,6 +26,7 @@ NAMED = 20  # in a message
 
 log = logging.getLogger(__name__)
 Line = tuple[str, str, str, Record | None]  # part, path, reason, replacement
+LINES = TypeAdapter(list[dict[str, str | None]])  # of the list on the disk
 
 
 @dataclass
@@ -139,9 +141,9 @@ class BadImages:
         with locked(self.folder / f".{FILE}.lock"):  # every rank may have something to add
             if more:
                 with suppress(OSError, ValueError):
-                    named = json.loads(read_file(str(self.folder / FILE))) + named
+                    named = LINES.validate_json(read_file(str(self.folder / FILE))) + named
             write_json(self.folder / FILE, named)
-        return len({line["path"] for line in named})
+        return len({line.get("path") for line in named})
 
 
 def replacement_candidates(records: Sequence[Record], position: int) -> list[int]:

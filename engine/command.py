@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fusionreid.engine.config import Config
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+PLACE_ERRORS = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EIO)
 EXIT = "exit.json"
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -216,6 +217,8 @@ def _explain(error: BaseException, cfg: "Config | None") -> tuple[int, str]:
         return 6, memory.advice(error, cfg)
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return 4, f"{error}: make room or set another OUTPUT_DIR"
+    if isinstance(error, OSError) and error.errno in PLACE_ERRORS and error.filename is not None:
+        return 4, f"{error}: remove what is in its place, or set another OUTPUT_DIR"
     return 1, f"{type(error).__name__}: {error}"
 
 

@@ -20,6 +20,7 @@ import pytest  # noqa: E402
 import triton.language as tl  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
+pytest_plugins = ["tests.promises"]
 FIXTURES = Path(__file__).parent / "fixtures"
 
 

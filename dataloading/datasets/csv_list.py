@@ -121,7 +121,7 @@ def _header(file: Path, lines: list[str], needed: Sequence[str]) -> tuple[int, s
     if match := re.fullmatch(r"sep=(.)\s*", lines[first] if first < len(lines) else "", re.IGNORECASE):
         first, delimiters = first + 1, match[1]
     line = lines[first] if first < len(lines) else ""
-    readings = [(delimiter, next(csv.reader([line], delimiter=delimiter), [])) for delimiter in delimiters]
+    readings = [(delimiter, _cells(line, delimiter)) for delimiter in delimiters]
     delimiter, cells = max(readings, key=lambda reading: len(_columns(reading[1])))
     columns = _columns(cells)
     if missing := [column for column in needed if column not in columns]:
@@ -135,6 +135,13 @@ def _header(file: Path, lines: list[str], needed: Sequence[str]) -> tuple[int, s
     if twice := [cells[at].strip() for at in columns.values() if plain.count(plain[at]) > 1]:
         raise DataError(f"csv: {printable(file)} has the column {twice[0]!r} twice: remove one of them")
     return first + 1, delimiter, columns, cells
+
+
+def _cells(line: str, delimiter: str) -> list[str]:
+    try:
+        return next(csv.reader([line], delimiter=delimiter), [])
+    except csv.Error:  # a cell longer than any list has, as in a file that is none
+        return []
 
 
 def _columns(cells: list[str]) -> dict[str, int]:

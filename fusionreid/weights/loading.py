@@ -14,6 +14,7 @@ from fusionreid.backbones.resnet import TimmCNN
 from fusionreid.backbones.t2t import T2TViT
 from fusionreid.backbones.vit import ViT
 from fusionreid.config import ModelConfig
+from fusionreid.errors import ReIDError
 from fusionreid.model import FusionReID, build_transformer
 from fusionreid.weights.formats import Layout, best_prefix, fit_positions, read_state, renamed
 from fusionreid.weights.named import find_weights
@@ -212,7 +213,7 @@ def _saved_layout(path: Path) -> Layout:
         section = ModelConfig.model_validate_json(json.dumps(config["MODEL"]))
         with torch.device("meta"):
             saved = build_transformer(section, tuple(config["INPUT"]["SIZE_TRAIN"]), num_cameras=1)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError, ReIDError) as error:
         raise WeightsError(
             f"{path}: must hold the configuration of the checkpoint, reading it says: {error}"
         ) from error
@@ -220,11 +221,17 @@ def _saved_layout(path: Path) -> Layout:
 
 
 def _require_floats(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], source: str) -> None:
-    strange = [n for n, v in theirs.items() if ours[n].is_floating_point() and not v.is_floating_point()]
+    floats = {name: value for name, value in theirs.items() if ours[name].is_floating_point()}
+    strange = [name for name, value in floats.items() if not value.is_floating_point() or value.dtype.itemsize < 2]
     if strange:
         raise WeightsError(
             f"{source}: {len(strange)} entries hold {theirs[strange[0]].dtype} where the model has "
             f"{ours[strange[0]].dtype}, the first is {strange[0]}; quantised weights must be saved as float again"
+        )
+    if broken := [name for name, value in floats.items() if not value.is_meta and not value.isfinite().all()]:
+        raise WeightsError(
+            f"{source}: {len(broken)} entries are not finite, the first is {broken[0]}: the file is damaged, or the "
+            "training that wrote it had failed; use another"
         )
 
 

@@ -29,6 +29,7 @@ def test_csv(tmp_path):
     ("text", "message"),
     [
         ("", "lacks path, person, split in its header, which has nothing"),
+        ("[" * 200_000, "lacks path, person, split in its header, which has nothing"),
         ("path,person,split\n", "no images for query"),
         (
             "path,person,camera,split\na.jpg,1,1,train\nb.jpg,1,1,test\n",

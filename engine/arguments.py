@@ -134,6 +134,11 @@ def path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def place(text: str) -> str:
+    """A path as people type it, or the URI of object storage, as in s3://bucket/crops."""
+    return text if "://" in text else str(path(text))
+
+
 def command_line(name: str) -> str:
     """How the user starts a command: in the way this one was started."""
     script = Path(sys.argv[0])

@@ -1,9 +1,9 @@
 """Search a gallery: which of its images look most like each query, by the cosine of their features.
 
-`python engine/search.py --query Q --gallery G [--top 10] [--at-least COSINE] [--json FILE] [--config_file FILE]
-[KEY VALUE ...]`; each of Q and G is a folder of embeddings, as embed writes it, or a run that was evaluated, an image
-or a folder of images, for which the model of the configuration is needed. An evaluation with TEST.DETAILS says which
-cosine means the same person.
+`python engine/search.py --query Q --gallery G [--top 10] [--at-least COSINE] [--camera NAME] [--tracks] [--json FILE]
+[--picture FILE] [--config_file FILE] [KEY VALUE ...]`; each of Q and G is a folder of embeddings, as embed writes it,
+or a run that was evaluated, an image, a folder of images or a list of them, for which the model of the configuration is
+needed. An evaluation with TEST.DETAILS says which cosine means the same person.
 """
 
 import logging
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fusionreid.engine.config import Config
     from fusionreid.engine.evaluation.embeddings import Embeddings
 
-VECTOR = "FEAT", "NECK_FEAT", "FEAT_NORM", "FLIP"  # what of TEST decides a vector
+SHEETS = ".html", ".htm", ".png", ".jpg", ".jpeg"
 log = logging.getLogger(__name__)
 
 
@@ -33,46 +33,77 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command.run(COMMAND, argv)
 
 
-def search(cfg: "Config", *, query: Path, gallery: Path, top: int, at_least: float, json: Path | None) -> None:
-    """Print the gallery images nearest to each query."""
+def search(
+    cfg: "Config",
+    *,
+    query: Path,
+    gallery: Path,
+    top: int,
+    at_least: float | None,
+    camera: list[str],
+    tracks: bool,
+    json: Path | None,
+    picture: Path | None,
+) -> None:
+    """Print the gallery images, or tracks, nearest to each query."""
     from fusionreid.dataloading.records import printable
+    from fusionreid.engine.search_sources import of_cameras, read_source
     from fusionreid.files import write_json
 
-    asked, among = (_load_or_embed(cfg, path) for path in (query, gallery))
+    asked, among = (read_source(cfg, path, tracks=tracks) for path in (query, gallery))
     if asked is None or among is None:
         return  # the main rank has them
+    among = of_cameras(among, camera)
     _warn_of_two_models(asked, among)
-    found = nearest(asked, among, top, at_least)
+    found = nearest(asked, among, top, -1.0 if at_least is None else at_least)
     for line in found:
-        print(printable(line["query"]))
+        print(printable(_named(line, line["query"])))
         for place, match in enumerate(line["matches"], 1):
-            print(f"{place:6}  {match['cosine']:6.3f}  {printable(match['path'])}")
+            print(f"{place:6}  {match['cosine']:6.3f}  {printable(_named(match, match['path']))}")
     if json:
         write_json(json, found)
+    if picture:
+        from fusionreid.engine.evaluation.operating_point import Threshold, measured_threshold
+        from fusionreid.engine.reporting.contact_sheet import write_sheet
+
+        # A track's vector is a mean, and more like others than those that were measured.
+        measured = None if tracks else measured_threshold(among, gallery)
+        threshold = measured if at_least is None else Threshold(at_least)
+        count = write_sheet(picture, f"Search in {printable(gallery)}", found, threshold)
+        if count < len(found):
+            log.warning("%s shows the first %d of %d queries", picture, count, len(found))
 
 
 def options(parser: ArgumentParser) -> None:
     """Add the options of the command."""
-    kinds = "an image, a folder of images, a folder of embeddings as embed writes it, or an evaluated run"
+    kinds = "an image, a folder or a CSV list of images, a folder of embeddings as embed writes it, or an evaluated run"
     parser.add_argument("--query", required=True, type=arguments.path, metavar="PATH",
                         help=f"whom to look for: {kinds}; as in lost.jpg")  # fmt: skip
     parser.add_argument("--gallery", required=True, type=arguments.path, metavar="PATH",
                         help="where to look, likewise; as in log/own")  # fmt: skip
     parser.add_argument("--top", default=10, type=_count, metavar="N", help="matches per query, as in 5 (default: 10)")
-    parser.add_argument("--at-least", default=-1.0, type=_cosine, metavar="COSINE",
+    parser.add_argument("--at-least", type=_cosine, metavar="COSINE",
                         help="show no match below this cosine, as in 0.62 (default: show all)")  # fmt: skip
+    parser.add_argument("--camera", action="append", default=[], metavar="NAME",
+                        help="look only at images of this camera, as in hall; may be given again")  # fmt: skip
+    parser.add_argument("--tracks", action="store_true",
+                        help="compare tracks by the mean of their vectors: the images of a folder, or those that the "
+                             "column track of a list joins")  # fmt: skip
+    parser.add_argument("--picture", type=_sheet, metavar="FILE",
+                        help="also draw a contact sheet, as in found.html, .png or .jpg")  # fmt: skip
     parser.add_argument("--json", type=_file, metavar="FILE", help="also write the matches to a file, as in found.json")
 
 
-def ending(_cfg: "Config", *, json: Path | None, **_: object) -> Ending:
+def ending(_cfg: "Config", *, json: Path | None, picture: Path | None, **_: object) -> Ending:
     """Say what was written and what usually comes next."""
     tip = f"{command_line('evaluate')} --config_file FILE TEST.DETAILS yes tells from which cosine on two images show "
-    return Ending([json] if json else [], f"{tip}one person")
+    return Ending([file for file in (json, picture) if file], f"{tip}one person")
 
 
 def nearest(query: "Embeddings", gallery: "Embeddings", count: int, at_least: float = -1.0) -> list[dict[str, Any]]:
-    """For every query its path and its nearest gallery images of a cosine of at least so much, the first one first."""
+    """Describe every query and its nearest gallery images of a cosine of at least so much, the first one first."""
     from fusionreid.engine.evaluation.embeddings import EmbeddingsError
+    from fusionreid.engine.search_sources import describe
     from fusionreid.kernels import nearest_neighbours
 
     widths = query.features.shape[1], gallery.features.shape[1]
@@ -81,36 +112,30 @@ def nearest(query: "Embeddings", gallery: "Embeddings", count: int, at_least: fl
             f"the query has features {widths[0]} wide, the gallery {widths[1]}: they are of two models"
         )
     near = nearest_neighbours(query.features, gallery.features, min(count, len(gallery.records)), normalize=True)
+    asked, known = describe(query), describe(gallery)
     return [
-        {"query": record.path, "matches": [
-            {"path": gallery.records[i].path, "person": gallery.records[i].person, "camera": gallery.records[i].camera,
-             "cosine": 1 - distance / 2} for i, distance in zip(indices, distances) if 1 - distance / 2 >= at_least]}
-        for record, indices, distances in zip(query.records, near.indices.tolist(), near.distances.tolist())
+        {"query": about.pop("path"), **about, "matches": [
+            {**known[i], "cosine": 1 - distance / 2}
+            for i, distance in zip(indices, distances) if 1 - distance / 2 >= at_least]}
+        for about, indices, distances in zip(asked, near.indices.tolist(), near.distances.tolist())
     ]  # fmt: skip
 
 
+def _named(entry: dict[str, Any], path: str) -> str:
+    """Name an image or a track in a line of text, with its person and camera if they are known."""
+    images = f"{(count := entry.get('images', 0))} image{'' if count == 1 else 's'}"
+    name = f"{entry['track']} ({images})" if "track" in entry else path
+    known = ", ".join(entry[key] for key in ("person", "camera") if entry.get(key) is not None)
+    return f"{name}  {known}" if known else name
+
+
 def _warn_of_two_models(query: "Embeddings", gallery: "Embeddings") -> None:
-    models = [(e.source.get("checkpoint"), *(e.source.get("TEST", {}).get(key) for key in VECTOR))
-              for e in (query, gallery)]  # fmt: skip
-    if models[0] != models[1]:
-        names = "checkpoint", *(f"TEST.{key}" for key in VECTOR)
-        differences = [f"{name} {a} and {b}" for name, a, b in zip(names, *models) if a != b]
+    from fusionreid.engine.evaluation.operating_point import how_embedded
+
+    asked, known = how_embedded(query.source), how_embedded(gallery.source)
+    if differences := [f"{name} {value} and {known[name]}" for name, value in asked.items() if value != known[name]]:
         log.warning("query and gallery were embedded differently, their cosines mean little: %s",
                     ", ".join(differences))  # fmt: skip
-
-
-def _load_or_embed(cfg: "Config", path: Path) -> "Embeddings | None":
-    from fusionreid.engine.evaluation import embeddings
-    from fusionreid.engine.evaluation.finite import check_finite
-
-    folder = embeddings.folder_at(path)
-    if (folder / embeddings.INDEX).is_file():
-        stored = embeddings.load(folder)
-        check_finite(stored.features, stored.records)
-        return stored
-    from fusionreid.engine.evaluation.extract import embed_images  # loads what a model needs
-
-    return embed_images(cfg, path)
 
 
 def _count(text: str) -> int:
@@ -136,13 +161,19 @@ def _file(text: str) -> Path:
     return path
 
 
+def _sheet(text: str) -> Path:
+    if not text.lower().endswith(SHEETS):
+        raise ArgumentTypeError(f"{text} must end in {', '.join(SHEETS[:-1])} or {SHEETS[-1]}")
+    return _file(text)
+
+
 COMMAND = Command(
     search,
     "find the gallery images that look most like each query",
     "Rank gallery images by the cosine of their features to each query. Stored embeddings need no configuration;\n"
     "images are embedded by the model that --config_file names.",
     ["--query log/lost --gallery log/own --top 5",
-     "--query lost.jpg --gallery log/crops --at-least 0.62 --config_file my.yml"],
+     "--query lost.jpg --gallery log/crops --at-least 0.62 --picture found.html --config_file my.yml"],
     options,
     needs_config=False,
     ending=ending,

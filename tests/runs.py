@@ -7,6 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import torch
+from PIL import Image
+
+from fusionreid.engine import config_yaml
+from fusionreid.engine.checkpoints import checkpoint
+from fusionreid.engine.checkpoints.load_model import build
+from fusionreid.engine.config import load_config
 from tests import ROOT
 
 KEYS = {
@@ -36,6 +44,24 @@ def arguments(root: Path, output: Path, **keys: object) -> list[str]:
     settings = {**KEYS, "DATASETS.ROOT_DIR": root, "OUTPUT_DIR": output}
     settings |= {key.replace("__", "."): value for key, value in keys.items()}
     return ["--config_file", str(ROOT / "configs/synthetic/tiny.yml"), *(f"{k}={v}" for k, v in settings.items())]
+
+
+def untrained(folder: Path, cameras: tuple[str, ...], **keys: object) -> Path:
+    """A run with settings and a checkpoint of random weights, and seven crops of noise beside it, in `crops`."""
+    _, path, *overrides = arguments(folder, folder, **keys)
+    cfg = load_config(path, overrides)
+    torch.manual_seed(3)
+    state = {"classes": 5, "cameras": tuple(range(len(cameras))), "camera_names": cameras}
+    model = build(cfg, 5, len(cameras))
+    weights = {"model": model.state_dict()}
+    checkpoint.save(folder / "checkpoints", 1, weights, {**state, "config": cfg.model_dump(mode="json")})
+    (folder / "config.yml").write_text(config_yaml.dump(cfg.model_dump(exclude_unset=True)))
+    (folder.parent / "crops").mkdir(exist_ok=True)
+    random = np.random.default_rng(0)
+    for i in range(7):
+        pixels = random.integers(0, 256, (20 + i, 10 + i, 3), np.uint8)
+        Image.fromarray(pixels).save(folder.parent / f"crops/{i}.{'jpg' if i % 2 else 'png'}")
+    return folder
 
 
 def command(*argv: str, processes: int = 1, script: str = "train", restarts: int = 0) -> subprocess.Popen[str]:

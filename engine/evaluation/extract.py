@@ -133,9 +133,9 @@ def own_rows(count: int, ranks: Ranks) -> slice:
     return slice(min(ranks.rank * share, count), min((ranks.rank + 1) * share, count))
 
 
-def embed_images(cfg: Config, path: Path) -> Embeddings | None:
-    """Embed an image, or the images in a folder, by the model of the configuration; None but on the main rank."""
-    model, images, source, ranks = _model_and_images(cfg, path)
+def embed_images(cfg: Config, path: Path, listed: Sequence[Record] = ()) -> Embeddings | None:
+    """Embed an image or the images in a folder, or those `listed` at the path; None but on the main rank."""
+    model, images, source, ranks = _model_and_images(cfg, path, listed)
     features = embed(model, images, (), cfg, ranks)
     return Embeddings(features.cpu(), tuple(images.records), 0, source) if ranks.main else None
 
@@ -162,12 +162,14 @@ def embed_to_folder(cfg: Config, path: Path, folder: Path) -> int:
     return len(images.records)
 
 
-def _model_and_images(cfg: Config, path: Path) -> tuple[nn.Module, TestLoader, dict[str, Any], Ranks]:
+def _model_and_images(
+    cfg: Config, path: Path, listed: Sequence[Record] = ()
+) -> tuple[nn.Module, TestLoader, dict[str, Any], Ranks]:
     """The trained model, this rank's share of the images at the path, and what `Embeddings.source` is to say."""
     ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
     set_numerics(cfg.SOLVER.PRECISION, deterministic=cfg.PARALLEL.DETERMINISTIC)
     bad = BadImages(cfg.DATASETS.ON_BAD, main=ranks.main)
-    records = decide(lambda: bad.check_images(find_images(path)), ranks)
+    records = decide(lambda: bad.check_images(listed or find_images(path)), ranks)
     checkpoint = find_checkpoint(cfg)
     model = parallel.replicate(restore(checkpoint, cfg).model, ranks, cfg.PARALLEL)
     source = {"data": str(path), "checkpoint": str(checkpoint), "TEST": cfg.TEST.model_dump(mode="json")}

@@ -31,6 +31,7 @@ from fusionreid.engine.evaluation.evaluator import (
 from fusionreid.engine.evaluation.extract import embed, images_of, own_rows, store
 from fusionreid.engine.evaluation.finite import ROWS_AT_ONCE, check_finite
 from fusionreid.engine.evaluation.measures import Ids
+from fusionreid.engine.evaluation.names import KEY, Names
 from fusionreid.engine.evaluation.retrieval import Ranking, check_matches
 from fusionreid.engine.monitoring.manifest import describe_data
 from fusionreid.engine.reporting.attention import attention_maps
@@ -63,7 +64,8 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
         "TEST": cfg.TEST.model_dump(mode="json"),
     }
     mine = features[own_rows(len(records), ranks)]
-    store(folder, mine.split(ROWS_AT_ONCE), (len(mine), mine.shape[1]), records, num_query, source, ranks)
+    named = {**source, **Names.of(split).as_source()}
+    store(folder, mine.split(ROWS_AT_ONCE), (len(mine), mine.shape[1]), records, num_query, named, ranks)
     rankings = rank_all("FusionReID", features, num_query, ids, cfg, ranks)
     if baselines:
         torch.manual_seed(cfg.SOLVER.SEED)
@@ -88,7 +90,8 @@ def evaluate_stored(cfg: Config) -> None:
     check_matches(*ids)
     check_finite(stored.features, stored.records)
     rankings = rank_all("FusionReID", stored.features, stored.num_query, ids, cfg, ranks)
-    source = {**stored.source, "embeddings": cfg.TEST.EMBEDDINGS, "ranking": cfg.TEST.model_dump(mode="json")}
+    kept = {key: value for key, value in stored.source.items() if key != KEY}
+    source = {**kept, "embeddings": cfg.TEST.EMBEDDINGS, "ranking": cfg.TEST.model_dump(mode="json")}
     _write(cfg, stored.features, stored.num_query, ids, rankings, source, ranks)
     parallel.finish()
 

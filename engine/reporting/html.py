@@ -44,7 +44,12 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 def render_page(title: str, text: str, sections: Sequence[Section]) -> str:
-    """Fill the template; it escapes all that it is given."""
+    """Fill the report's template."""
+    return render(TEMPLATE.name, title=title, text=text, sections=sections)
+
+
+def render(template: str, **values: object) -> str:
+    """Fill a template of this folder; it escapes all that it is given."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE.parent),
         autoescape=True,
@@ -53,7 +58,7 @@ def render_page(title: str, text: str, sections: Sequence[Section]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode("ascii")
-    page: str = environment.get_template(TEMPLATE.name).render(title=title, text=text, sections=sections)
+    page: str = environment.get_template(template).render(**values)
     return page
 
 

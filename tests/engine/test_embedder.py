@@ -12,34 +12,19 @@ from PIL import Image
 
 import fusionreid
 from fusionreid import Embedder
-from fusionreid.engine import cli, config_yaml
-from fusionreid.engine.checkpoints import checkpoint
-from fusionreid.engine.checkpoints.load_model import build
-from fusionreid.engine.config import load_config
+from fusionreid.engine import cli
 from fusionreid.engine.evaluation import embeddings
 from fusionreid.errors import ReIDError
 from tests import ROOT
-from tests.runs import arguments
+from tests.runs import untrained
 
-CAMERAS = ["hall", "back door"]
+CAMERAS = ("hall", "back door")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that trained on two cameras, here with random weights, and seven crops beside it."""
-    folder = tmp_path_factory.mktemp("embedder") / "run"
-    _, path, *overrides = arguments(folder, folder)
-    cfg = load_config(path, overrides)
-    torch.manual_seed(3)
-    state = {"classes": 5, "cameras": (0, 1), "camera_names": CAMERAS, "config": cfg.model_dump(mode="json")}
-    checkpoint.save(folder / "checkpoints", 1, {"model": build(cfg, 5, 2).state_dict()}, state)
-    (folder / "config.yml").write_text(config_yaml.dump(cfg.model_dump(exclude_unset=True)))
-    (folder.parent / "crops").mkdir()
-    random = np.random.default_rng(0)
-    for i in range(7):
-        pixels = random.integers(0, 256, (20 + i, 10 + i, 3), np.uint8)
-        Image.fromarray(pixels).save(folder.parent / f"crops/{i}.{'jpg' if i % 2 else 'png'}")
-    return folder
+    return untrained(tmp_path_factory.mktemp("embedder") / "run", CAMERAS)
 
 
 @pytest.fixture(scope="module")
@@ -180,11 +165,8 @@ def test_what_the_run_trained_counts_and_not_what_its_settings_say_of_the_model(
     assert np.linalg.norm(vectors) == pytest.approx(1, abs=1e-6)
 
 
-def test_a_model_that_takes_all_cameras_alike_does_not_look_at_their_names(run: Path, tmp_path: Path) -> None:
-    cfg = load_config(run / "config.yml", ["MODEL.SIE_CAMERA=no"])
-    state = {"classes": 5, "cameras": (0, 1), "camera_names": CAMERAS, "config": cfg.model_dump(mode="json")}
-    checkpoint.save(tmp_path / "checkpoints", 1, {"model": build(cfg, 5, 2).state_dict()}, state)
-    embedder = Embedder(tmp_path)
+def test_a_model_that_takes_all_cameras_alike_does_not_look_at_their_names(tmp_path: Path) -> None:
+    embedder = Embedder(untrained(tmp_path / "run", CAMERAS, MODEL__SIE_CAMERA="no"))
     assert embedder.cameras == ()
     image = np.zeros((9, 9, 3), np.uint8)
     np.testing.assert_array_equal(embedder(image, "garden"), embedder(image))

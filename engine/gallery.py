@@ -6,7 +6,6 @@
 import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -80,9 +79,8 @@ def show_stats(gallery: "Gallery", _where: str) -> None:
     """Print the size of a gallery, its model, its versions and indexes."""
     stats = gallery.table.stats()
     pieces, megabytes = stats["fragment_stats"]["num_fragments"], stats["total_bytes"] / 1e6
-    print(
-        f"{len(gallery):,} images, vectors of {gallery.width} in {gallery.dtype}, {megabytes:,.1f} MB in {pieces} pieces"
-    )
+    print(f"{len(gallery):,} images, {megabytes:,.1f} MB in {pieces} pieces")
+    print(f"vectors of {gallery.width} components in {gallery.dtype}")
     print(f"model {gallery.model}, version {gallery.table.version}")
     for index in gallery.table.list_indices():
         print(f"index {index.index_type} on {index.columns[0]}: {index.num_indexed_rows:,} of its rows are in it")
@@ -165,24 +163,20 @@ def options(parser: ArgumentParser) -> None:
     for name in ("person", "camera", "track"):
         parser.add_argument(f"--{name}", metavar="NAME", help=f"images of this {name} only")
     parser.add_argument("--path", metavar="PATH", help="the image of this path only, as search prints it")
-    parser.add_argument("--since", type=time, metavar="TIME", help="images from this time on, as in 2026-03-01T18:30")
-    parser.add_argument("--before", type=time, metavar="TIME", help="images before this time, as in 2026-03-01")
+    parser.add_argument(
+        "--since", type=arguments.time, metavar="TIME", help="images from this time on, as in 2026-03-01T18:30"
+    )
+    parser.add_argument(
+        "--before", type=arguments.time, metavar="TIME", help="images before this time, as in 2026-03-01"
+    )
     parser.add_argument("--to", metavar="WHAT",
-                        help="rename: the person's new name, as in anna, or '' if it is not known; export: the file, as "
-                             "in shop.parquet; checkout: the number of the version to go back to")  # fmt: skip
+                        help="rename: the person's new name, as in anna, or '' if it is not known; export: the file, "
+                             "as in shop.parquet; checkout: the number of the version to go back to")  # fmt: skip
     parser.add_argument("--from", type=arguments.place, dest="source", metavar="GALLERY", help="merge: what to add")
     parser.add_argument("--keep-days", type=_days, metavar="N",
                         help="vacuum: delete versions older than so many days (default: 7); 0 deletes all but the "
                              "newest, while nobody else uses the gallery")  # fmt: skip
     parser.add_argument("--kind", choices=("ivf_pq", "hnsw"), help="index: its kind (default: ivf_pq)")
-
-
-def time(text: str) -> datetime:
-    """A time as people type it, in the zone of this machine if it names none."""
-    try:
-        return datetime.fromisoformat(text).astimezone()
-    except ValueError as error:
-        raise ArgumentTypeError(f"must be a time, as in 2026-03-01 or 2026-03-01T18:30+01:00, got {text}") from error
 
 
 def _days(text: str) -> float:

@@ -75,6 +75,13 @@ def recall(right: Found, found: Found) -> float:
     return float(np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(*ids)]))
 
 
+def rows_of(gallery: Gallery) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """All rows of a gallery, described, and their vectors (N, D) in fp32."""
+    batches = list(gallery.scan(("vector", *SHOWN)))
+    rows = pa.Table.from_batches(batches) if batches else gallery.table.schema.empty_table()
+    return rows.select(SHOWN).to_pylist(), vectors_of(rows).numpy()
+
+
 def matches(found: Found, at_least: float = -1.0) -> list[list[dict[str, Any]]]:
     """Describe for each query what was found, the nearest first; of a track its nearest image and how many were found.
 

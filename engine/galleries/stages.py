@@ -1,7 +1,7 @@
 """The stages from a list of images to rows of a gallery, each from Arrow table to Arrow table.
 
-`read` takes paths and finds what is new, `Embed` makes vectors of it, `write` commits them. They run in this process, or
-on many machines by Ray Data, which may repeat any of them: an image that is there is not added.
+`read` takes paths and finds what is new, `Embed` makes vectors of it, `write` commits them. They run in this process,
+or on many machines by Ray Data, which may repeat any of them: an image that is there is not added.
 """
 
 import os

@@ -54,9 +54,9 @@ def needed(module: str, extra: str) -> Any:
 
 
 def is_gallery(place: str | Path) -> bool:
-    """Tell whether there is a gallery at a local path, with or without its suffix; nothing is imported for it."""
-    folder, name = divide(place)
-    return "://" not in folder and (Path(folder) / f"{name}{SUFFIX}" / "_versions").is_dir()
+    """Tell whether a place is a gallery, with or without its suffix: any URI is taken for one."""
+    path = str(place).rstrip("/").removesuffix(SUFFIX)
+    return "://" in path or Path(f"{path}{SUFFIX}", "_versions").is_dir()
 
 
 def divide(place: str | Path) -> tuple[str, str]:
@@ -206,18 +206,21 @@ def schema(model: str, width: int, dtype: str) -> "pa.Schema":
 
 
 def condition(
-    *, person: str | None = None, camera: str | None = None, track: str | None = None, path: str | None = None,
+    *, person: str | None = None, camera: str | Sequence[str] = (), track: str | None = None, path: str | None = None,
     since: datetime | None = None, before: datetime | None = None, seen: tuple[str, datetime] | None = None,
 ) -> str:  # fmt: skip
     """Compose the condition that all given hold; `seen`, a camera and a time: not by it within a minute of then."""
-    texts = {"person": person, "camera": camera, "track": track, "path": path}
+    texts = {"person": person, "track": track, "path": path}
     parts = [f"{name} = {quoted(text)}" for name, text in texts.items() if text is not None]
+    parts += (
+        [f"camera IN ({', '.join(map(quoted, [camera] if isinstance(camera, str) else camera))})"] if camera else []
+    )
     parts += [f"time >= {_time(since)}"] if since else []
     parts += [f"time < {_time(before)}"] if before else []
     if seen:
-        camera, minute = seen[0], timedelta(minutes=1)
+        minute = timedelta(minutes=1)
         between = f"time BETWEEN {_time(seen[1] - minute)} AND {_time(seen[1] + minute)}"
-        parts.append(f"(camera = {quoted(camera)} AND {between}) IS NOT TRUE")
+        parts.append(f"(camera = {quoted(seen[0])} AND {between}) IS NOT TRUE")
     return " AND ".join(parts)
 
 

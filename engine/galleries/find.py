@@ -13,6 +13,7 @@ from fusionreid.engine.galleries.table import SHOWN, Gallery, GalleryError, repo
 from fusionreid.kernels import nearest_neighbours
 
 BYTES = 2**28  # of vectors in fp32 compared at once
+FEWEST_AT_ONCE = 1024
 INDEXES = {"ivf_pq": IvfPq, "hnsw": HnswSq}
 FEWEST_ROWS = 256  # that an index learns from
 REFINED = 10  # times as many candidates of an index get their exact distance
@@ -22,7 +23,7 @@ SAMPLE = 100  # rows that recall is measured with
 class Found(NamedTuple):
     """The rows nearest to each of Q queries, the nearest first; there may be fewer than asked for."""
 
-    cosines: np.ndarray  # (Q, k)
+    cosines: np.ndarray  # (Q, k); NaN past the last row found
     positions: np.ndarray  # (Q, k) in rows
     rows: pa.Table  # id, person, camera, time, track and path
 
@@ -32,7 +33,7 @@ def exact(gallery: Gallery, queries: np.ndarray, count: int, where: str = "") ->
     asked = torch.from_numpy(_fitting(gallery, queries)).to("cuda" if torch.cuda.is_available() else "cpu")
     distances = torch.empty(len(asked), 0, dtype=torch.float64, device=asked.device)
     positions, rows = torch.empty(len(asked), 0, dtype=torch.int64), pa.schema([]).empty_table()
-    for batch in gallery.scan(("vector", *SHOWN), where, max(1024, BYTES // (4 * gallery.width))):
+    for batch in gallery.scan(("vector", *SHOWN), where, max(FEWEST_AT_ONCE, BYTES // (4 * gallery.width))):
         near = nearest_neighbours(asked, vectors_of(batch).to(asked.device), min(count, len(batch)), normalize=True)
         distances, order = torch.cat([distances, near.distances], 1).sort(dim=1, stable=True)
         both = torch.cat([positions, near.indices.cpu() + len(rows)], 1).gather(1, order.cpu())[:, :count]
@@ -52,10 +53,12 @@ def indexed(gallery: Gallery, queries: np.ndarray, count: int, where: str = "") 
     for query in _fitting(gallery, queries):
         search = gallery.table.search(query).distance_type("cosine").refine_factor(REFINED).limit(count)
         found.append((search.where(where) if where else search).select([*SHOWN, "_distance"]).to_arrow())
-    width = min(map(len, found))  # an index that filters may find fewer for one query than for another
-    starts = np.cumsum([0, *map(len, found)])[:-1, None]
-    cosines = np.stack([1 - table["_distance"].to_numpy()[:width] for table in found])
-    return Found(cosines, starts + np.arange(width), pa.concat_tables(found).select(SHOWN))
+    cosines = np.full((len(found), max(map(len, found))), np.nan)  # filters may leave one query fewer than another
+    positions = np.zeros(cosines.shape, np.int64)
+    for row, (table, start) in enumerate(zip(found, np.cumsum([0, *map(len, found)]))):
+        cosines[row, : len(table)] = 1 - table["_distance"].to_numpy()
+        positions[row, : len(table)] = np.arange(start, start + len(table))
+    return Found(cosines, positions, pa.concat_tables(found).select(SHOWN))
 
 
 def build_index(gallery: Gallery, kind: str = "ivf_pq") -> float:
@@ -71,8 +74,11 @@ def build_index(gallery: Gallery, kind: str = "ivf_pq") -> float:
 
 def recall(right: Found, found: Found) -> float:
     """Share of the right rows that were found."""
-    ids = [result.rows["id"].to_numpy(zero_copy_only=False)[result.positions] for result in (right, found)]
-    return float(np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(*ids)]))
+    ids = [result.rows["id"].to_pylist() for result in (right, found)]
+    pairs = zip(right.positions, found.positions, ~np.isnan(found.cosines))
+    return float(np.mean([
+        len({ids[0][i] for i in a} & {ids[1][i] for i in b[there]}) / len(a) for a, b, there in pairs
+    ]))  # fmt: skip
 
 
 def rows_of(gallery: Gallery) -> tuple[list[dict[str, Any]], np.ndarray]:

@@ -67,11 +67,6 @@ def divide(place: str | Path) -> tuple[str, str]:
     return folder or ("/" if str(place).startswith("/") else "."), name
 
 
-def galleries_in(folder: str | Path) -> list[str]:
-    """List the names of the galleries in a folder or a bucket."""
-    return sorted(needed("lancedb", "gallery").connect(str(folder)).table_names(limit=10_000))
-
-
 class Gallery:
     """Rows of a person's image each: id, vector, person, camera, time, track, path; what is not known is null."""
 
@@ -103,9 +98,11 @@ class Gallery:
     def create(cls, place: str | Path, model: str, width: int, dtype: str = "") -> "Gallery":
         """Open a gallery, made if it is not there yet, for vectors (width,) of `model`, in fp16 or fp32."""
         folder, name = divide(place)
-        database = needed("lancedb", "gallery").connect(folder)
         with reported(place):
-            if name not in database.table_names(limit=10_000):
+            database = needed("lancedb", "gallery").connect(folder)
+            try:
+                database.open_table(name)
+            except (ValueError, FileNotFoundError):
                 database.create_table(name, schema=schema(model, width, dtype or "fp16"), exist_ok=True)
         gallery = cls.open(place, model)
         if dtype not in ("", gallery.dtype):
@@ -189,7 +186,8 @@ class Gallery:
         with reported(self.place):
             if not any(index.columns == ["id"] for index in self.table.list_indices()):
                 self.table.create_index("id", config=config.BTree())
-            self.table.compact_files(materialize_deletions=True, materialize_deletions_threshold=0.0)
+            self.table.to_lance().optimize.compact_files(materialize_deletions_threshold=0.0)
+            self.table.checkout_latest()
             self.table.optimize(cleanup_older_than=timedelta(days=keep_days))
 
 

@@ -61,7 +61,7 @@ class TrainLoader:
             device=self.device,
             bad_images=bad_images,
         )
-        self._replacements = images.reader.replacements
+        self._paths, self._replacements = images.paths, images.reader.replacements
         cached, self.note = images.cached(split.root)
         self._dali = None if cached else images.augmented_by_dali(input_cfg.PIXEL_MEAN, input_cfg.PIXEL_STD)
         self._source = cached or self._dali or images.from_files()
@@ -88,6 +88,11 @@ class TrainLoader:
     def steps(self, epoch: int) -> int:
         """Return the number of batches of an epoch."""
         return self.plan(epoch).num_steps
+
+    def paths(self, epoch: int, step: int) -> list[str]:
+        """Return the images of a step, those of all ranks."""
+        images = self.plan(epoch).image[step * self.batch_size : (step + 1) * self.batch_size]
+        return [self._paths[i] for i in images]
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from a step on."""

@@ -101,24 +101,29 @@ def launch(processes: int, work: list[dict[str, Any]], folder: Path) -> subproce
         port = free.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                    "WORLD_SIZE": str(processes), "WORK": json.dumps(work), "FOLDER": str(folder)}  # fmt: skip
-    script = (
-        'for rank in $(seq 1 $((WORLD_SIZE - 1))); do RANK=$rank LOCAL_RANK=$rank "$@" & done; '
-        'RANK=0 LOCAL_RANK=0 "$@"; code=$?; wait; exit $code'
-    )
-    return subprocess.Popen(["sh", "-c", script, "sh", sys.executable, "-m", "tests.ranks"], env=environment, text=True,
-                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    return subprocess.Popen([sys.executable, "-m", "tests.ranks"], env=environment, text=True, cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
 
 
 def main() -> None:
+    """Become WORLD_SIZE processes, forks of one that has imported torch, and do the work."""
+    rank, children = 0, list[int]()
+    for other in range(1, int(os.environ["WORLD_SIZE"])):
+        if not (child := os.fork()):
+            rank, children = other, []
+            break
+        children.append(child)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     folder = Path(os.environ["FOLDER"])
     for piece in json.loads(os.environ["WORK"]):
         start = load_file(folder / piece["start"]) if piece.get("start") else None
         steps = range(*piece.get("steps", (STEPS,)))
         result = train(config(**piece.get("sections", {})), getattr(torch, piece["dtype"]), steps, start)
-        if torch.distributed.get_rank() == 0:
+        if rank == 0:
             save_file({name: t.clone() for name, t in result.items()}, folder / piece["name"])
         torch.distributed.barrier()
     parallel.finish()
+    assert not any(os.waitpid(child, 0)[1] for child in children)
 
 
 if __name__ == "__main__":

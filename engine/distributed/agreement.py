@@ -3,7 +3,7 @@
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,6 +33,15 @@ def decide(work: Callable[[], T], ranks: Ranks) -> T:
     if isinstance(outcome[0], ReIDError):
         raise outcome[0]
     return outcome[0]  # type: ignore[return-value]
+
+
+def first_of_ranks(texts: Sequence[str], ranks: Ranks) -> str:
+    """Return the first text of the first rank that has one, and whose it is, on every rank; empty if none has."""
+    if ranks.world_size > 1:
+        of_all: list[Sequence[str]] = [()] * ranks.world_size
+        dist.all_gather_object(of_all, texts[:1])
+        texts = [f"{text}, on process {rank}" for rank, some in enumerate(of_all) for text in some]
+    return next(iter(texts), "")
 
 
 def check_shared(folder: Path, ranks: Ranks) -> None:

@@ -176,17 +176,14 @@ def start(store: "Store", rank: int, world_size: int) -> None:
 
 
 def stop(*, done: bool = False) -> None:
-    """Watch no longer: this process is about to end; if its work is done, the others go on without it.
-
-    The thread has ended then: Python aborts a process that ends while a thread of it is in the store.
-    """
+    """Watch no longer: this process is about to end; if its work is done, the others go on without it."""
     global _watch
     if _watch is not None:
         _watch.ended.set()
         if done:
             with suppress(RuntimeError):
                 _watch.store.set(f"left/{_watch.rank}", "")
-        _watch.join(GRACE_S / 4)
+        _watch.join(GRACE_S / 4)  # Python aborts a process that ends while a thread is in the store
         _watch = None
 
 

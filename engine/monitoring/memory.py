@@ -71,7 +71,8 @@ def explain(error: BaseException, phase: Phase, cfg: Config, loaded: int = 0, fi
     """
     for cause in (error, error.__context__):
         if cause is not None and ran_out(cause):
-            raise OutOfMemory(advice(cause, cfg, phase, loaded, finished_steps)) from error
+            text = advice(cause, cfg, phase, loaded, finished_steps)
+            raise OutOfMemory(text + _snapshot(cause, Path(cfg.OUTPUT_DIR))) from error
 
 
 def advice(
@@ -79,7 +80,7 @@ def advice(
 ) -> str:
     """Name the peak, the batch, and one that fits by an estimate; of both phases if it is not known in which it was."""
     asked, reason = _asked_for(error), str(error).splitlines()[0] if str(error) else type(error).__name__
-    if _cuda() is not None and (isinstance(error, MemoryError | OSError) or "DefaultCPUAllocator" in str(error)):
+    if _cuda() is not None and _is_of_host(error):
         return f"out of host memory: try a lower DATALOADER.NUM_WORKERS or DATALOADER.CACHE none ({reason})"
     text = f"out of {'host' if _cuda() is None else 'GPU'} memory, peak {_gib(peak())}"
     text += f" when {_gib(asked)} more were asked for" if asked else ""
@@ -111,6 +112,22 @@ def fitting_batch(cfg: Config, loaded: int, needed: int, room: int, share: float
     if batch < smallest < solver.IMS_PER_BATCH:
         return smallest
     return batch if batch >= smallest else None
+
+
+def _is_of_host(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | OSError) or "DefaultCPUAllocator" in str(error)
+
+
+def _snapshot(error: BaseException, folder: Path) -> str:
+    """Write what the GPU's memory holds, if it was that which ran out, and say where."""
+    cuda, path = _cuda(), folder / f"gpu_memory-rank{os.environ.get('RANK', 0)}.pickle"
+    if cuda is None or _is_of_host(error):
+        return ""
+    try:
+        cuda.memory._dump_snapshot(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"; no snapshot of the memory: {error}"
+    return f"; what it held is in {path}: drop the file on https://docs.pytorch.org/memory_viz"
 
 
 def _remedy(batch: int | None) -> str:

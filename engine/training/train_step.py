@@ -74,13 +74,18 @@ class TrainStep:
 
     def __call__(self, batch: Batch, number: int, stop: int = 0) -> None:
         """Enqueue the step of this number, counted from 0 over all epochs; `stop` is passed on to all ranks."""
-        seed = (number * self.ranks.world_size + self.ranks.rank) * len(self.chunks)
-        self.seed = self.cfg.SOLVER.SEED + (seed << 32)
-        torch.manual_seed(self.seed)  # of dropout: nothing random has a state to resume
-        self.number.fill_(number)
+        self._seed(number)
         self.wants_stop.fill_(stop)
         self._work(batch.images, batch.persons, batch.cameras)
         self._summed += 1
+
+    @torch.no_grad()
+    def replay(self, batch: Batch, number: int) -> None:
+        """Compute the forward pass of the step of this number again, with the same random numbers."""
+        self._seed(number)
+        self.draws.draw(self.number)
+        for chunk in range(len(self.chunks)):
+            self._forward(batch.images, batch.cameras, chunk)
 
     def read(self) -> StepReport:
         """Wait for the device and copy what it found since the last `clear`, at once."""
@@ -95,6 +100,12 @@ class TrainStep:
         """Start new means."""
         self._sums.zero_()
         self._summed = 0
+
+    def _seed(self, number: int) -> None:
+        seed = (number * self.ranks.world_size + self.ranks.rank) * len(self.chunks)
+        self.seed = self.cfg.SOLVER.SEED + (seed << 32)
+        torch.manual_seed(self.seed)  # of dropout: nothing random has a state to resume
+        self.number.fill_(number)
 
     def update(self, images: Tensor, persons: Tensor, cameras: Tensor) -> None:
         """Do all that a step does on the device, and nothing that a CUDA graph could not replay."""

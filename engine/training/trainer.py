@@ -31,7 +31,7 @@ from fusionreid.engine.monitoring.profiler import Profiler
 from fusionreid.engine.monitoring.startup import Startup
 from fusionreid.engine.signals import Stop
 from fusionreid.engine.storage import lock
-from fusionreid.engine.training.non_finite import not_finite, refuse
+from fusionreid.engine.training.non_finite import not_finite, refuse, watched
 from fusionreid.engine.training.optim import Optimizer
 from fusionreid.engine.training.resume import find
 from fusionreid.engine.training.state import StateCapture, restore
@@ -217,10 +217,9 @@ class Trainer:
     def _refuse(self, what: str, bad_step: int) -> None:
         """End the training; every rank comes here in the same step, before anything was updated or saved."""
         step = (bad_step if bad_step >= 0 else self.step - 1) - (self.step - self.step_in_epoch)  # in this epoch
-        size = self.cfg.SOLVER.IMS_PER_BATCH
-        batch = self.loader.plan(self.epoch).image[step * size : (step + 1) * size]
-        images = [self.split.train[i].path for i in batch]
-        refuse(what, self.epoch, step, images, self.output / "non_finite.json", write=self.ranks.main)
+        with watched(self.model) as found:
+            self.train_step.replay(next(self.loader.batches(self.epoch, step)), self.step - self.step_in_epoch + step)
+        refuse(what, self.epoch, step, found, self.loader.paths(self.epoch, step), self.output, self.ranks)
 
     def _leave(self) -> None:
         """Save this very step and end as the signal asks; every rank comes here in the same step."""

@@ -98,13 +98,14 @@ def published_names(model: FusionReID) -> dict[str, str]:
 
 
 def load_published(model: FusionReID, state_dict: Mapping[str, Tensor]) -> LoadReport:
-    """Load a state dict with the published entry names, strictly but for the layers that nothing computes with.
+    """Load a state dict with the published entry names or our own, strictly but for the layers that are never used.
 
     Raises `WeightsError` with a table of the differences.
     """
     theirs = {renamed(name.removeprefix("module.")): value for name, value in state_dict.items()}
     ours = model.state_dict()
-    names = {name: renamed(published) for name, published in published_names(model).items()}
+    named_as_ours = any(name.startswith("heads.") for name in theirs)
+    names = {name: renamed(name if named_as_ours else other) for name, other in published_names(model).items()}
     unused = [name for name in theirs if name not in names.values() and UNUSED.fullmatch(name)]
     shapes = {names[name]: tuple(value.shape) for name, value in ours.items()}
     their_shapes = {name: tuple(value.shape) for name, value in theirs.items() if name not in unused}

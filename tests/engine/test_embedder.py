@@ -165,9 +165,10 @@ def test_what_the_run_trained_counts_and_not_what_its_settings_say_of_the_model(
     assert np.linalg.norm(vectors) == pytest.approx(1, abs=1e-6)
 
 
-def test_a_model_that_takes_all_cameras_alike_does_not_look_at_their_names(tmp_path: Path) -> None:
+def test_a_model_that_takes_all_cameras_alike_does_not_look_at_their_names(run: Path, tmp_path: Path) -> None:
     embedder = Embedder(untrained(tmp_path / "run", CAMERAS, MODEL__SIE_CAMERA="no"))
     assert embedder.cameras == ()
+    assert embedder.model_digest != Embedder(run).model_digest
     image = np.zeros((9, 9, 3), np.uint8)
     np.testing.assert_array_equal(embedder(image, "garden"), embedder(image))
 

@@ -13,6 +13,7 @@ from fusionreid.engine import cli
 from fusionreid.engine.config import KEYS, load_config
 from fusionreid.engine.config_files import shipped_configs
 from tests import ROOT
+from tests.runs import untrained
 
 sys.path.insert(0, str(ROOT / "docs"))
 import hooks
@@ -62,13 +63,26 @@ def test_commands_parse_and_name_keys_that_exist(page: str, words: list[str]) ->
         load_config(config if config in shipped_configs() else ROOT / config, options.overrides)
 
 
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the snippets name: a run, a query and crops."""
+    folder = tmp_path_factory.mktemp("workshop")
+    crops = sorted((untrained(folder / "log/shop", ("hall", "door")).parent / "crops").glob("*.jpg"))
+    (folder / "crops").mkdir()
+    for crop, name in zip(crops, ("lost.jpg", "crops/0001.jpg", "crops/0002.jpg"), strict=True):
+        crop.rename(folder / name)
+    (folder / "configs").symlink_to(ROOT / "configs")
+    return folder
+
+
 @pytest.mark.parametrize(
-    ("page", "code"), [(page, code) for page, code in blocks("python") if page in ("README.md", "evaluation.md")]
+    ("page", "code"),
+    [(page, code) for page, code in blocks("python") if page in ("README.md", "evaluation.md", "search.md")],
 )
 def test_snippets_run(
-    page: str, code: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str, code: str, workshop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(workshop)
     exec(compile(code, page, "exec"), {})
     assert capsys.readouterr().out.strip()
 

@@ -30,7 +30,7 @@ LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "*cache*", "*.egg-info", "bui
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTEST_ADDOPTS")}
     done = subprocess.run(
         list(map(str, command)), cwd=cwd, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from fusionreid.dataloading import read_split
 from fusionreid.engine.checkpoints import checkpoint
+from fusionreid.engine.checkpoints.load_model import build
+from fusionreid.engine.config import load_config
 from fusionreid.engine.evaluation import embeddings
 from tests import ROOT
 from tests.runs import arguments
@@ -114,7 +117,7 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
 
 def test_a_run_outlives_the_loss_of_a_host(hosts: Hosts, tmp_path: Path) -> None:
     """Train, cut the cable of one host, resume on both, evaluate on both."""
-    argv = arguments(tmp_path, hosts.output, SOLVER__MAX_EPOCHS=40, SOLVER__EVAL_PERIOD=40)
+    argv = arguments(tmp_path, hosts.output, SOLVER__MAX_EPOCHS=15, SOLVER__EVAL_PERIOD=15)
     hosts.start("train", argv)
     hosts.wait(lambda: ": saved " in hosts.log(0))
     hosts.plug("down")
@@ -137,18 +140,16 @@ def test_a_run_outlives_the_loss_of_a_host(hosts: Hosts, tmp_path: Path) -> None
 
 
 def test_hosts_that_do_not_share_the_output_folder_are_told(hosts: Hosts, tmp_path: Path) -> None:
-    short = arguments(tmp_path, hosts.output, SOLVER__MAX_EPOCHS=1, SOLVER__EVAL_PERIOD=1)
-    hosts.start("train", short)
-    assert hosts.finish() == [0, 0], hosts.log(0) + hosts.log(1)
-    shutil.copytree(hosts.output / "checkpoints", tmp_path / "checkpoints")
-    weights = checkpoint.checkpoints(tmp_path / "checkpoints")[-1]
-    images = ["--images", str(tmp_path / "synthetic/query")]
-    for command, argv in (
-        ("train", short),
-        ("evaluate", arguments(tmp_path, hosts.output, TEST__WEIGHT=weights)),
-        ("embed", [*images, "--output", str(hosts.output / "stored"), *short, f"TEST.WEIGHT={weights}"]),
-    ):
-        hosts.start(command, argv, shared=False)
+    """Before an evaluation and before embedding; training looks as an evaluation does."""
+    _, path, *overrides = argv = arguments(tmp_path, hosts.output)
+    cfg = load_config(path, overrides)
+    split = read_split(cfg.DATASETS)
+    state = {"classes": split.num_persons, "cameras": split.cameras, "config": cfg.model_dump(mode="json")}
+    model = build(cfg, split.num_persons, split.num_cameras)
+    weights = checkpoint.save(tmp_path, 1, {"model": model.state_dict()}, state)
+    images = ["--images", str(tmp_path / "synthetic/query"), "--output", str(hosts.output / "stored")]
+    for command, options in (("evaluate", []), ("embed", images)):
+        hosts.start(command, [*options, *argv, f"TEST.WEIGHT={weights}"], shared=False)
         assert 0 not in hosts.finish()
         told = f"must be shared: process 1 on host {NAMES[1]} does not see"
         assert ("must be on a disk that all hosts share, and is not" if command == "embed" else told) in hosts.log(0)

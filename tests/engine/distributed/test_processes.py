@@ -97,3 +97,11 @@ def test_one_process_leaves_no_process_group_behind() -> None:
     parallel.start("cpu")
     parallel.finish()
     assert not torch.distributed.is_initialized()
+
+
+def test_the_first_text_of_any_process_is_told_on_all() -> None:
+    code = (
+        "from fusionreid.engine.distributed.agreement import first_of_ranks; "
+        "print(first_of_ranks(['a', 'b'] * rank, ranks), first_of_ranks([], ranks) == '')"
+    )
+    assert run_on(2, code) == ["a, on process 1 True\n"] * 2

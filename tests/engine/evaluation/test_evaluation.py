@@ -176,6 +176,8 @@ def test_search_finds_each_image_itself_first(data: Path, weights: Path, evaluat
     assert search(["--query", stored, "--gallery", stored, "--top", "3", "--json", str(found)]) == 0
     lines = json.loads(found.read_text())
     assert all(line["matches"][0]["path"] == line["query"] and len(line["matches"]) == 3 for line in lines)
+    assert {line["camera"] for line in lines} == {"1", "2"}
+    assert all(f"/{line['person']}_c{line['camera']}" in line["query"] for line in lines)  # as in the files' names
     cosines = sorted(match["cosine"] for line in lines for match in line["matches"])
     least = cosines[len(cosines) // 2]
     assert search(["--query", stored, "--gallery", stored, "--top=3", f"--at-least={least}", f"--json={found}"]) == 0

@@ -118,18 +118,23 @@ def test_evaluate_and_embed_speak_of_their_batch_alone(tmp_path: Path, monkeypat
         assert "training with" not in reason
 
 
+class Device:
+    """80 GiB, of which 70 were in use."""
+
+    max_memory_allocated = staticmethod(lambda: 70 * GIB)
+    mem_get_info = staticmethod(lambda: (5 * GIB, 80 * GIB))
+    memory_reserved = staticmethod(lambda: 75 * GIB)
+
+    class memory:
+        _dump_snapshot = staticmethod(lambda path: Path(path).write_bytes(b"blocks"))
+
+
 @pytest.mark.parametrize(("error", "place"), [
     (MemoryError(), "host"), (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "host"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "GPU"),
 ])  # fmt: skip
 def test_beside_a_gpu_the_host_has_remedies_of_its_own(monkeypatch, error: Exception, place: str) -> None:
-    """A device of 80 GiB, of which 10 held the model and 70 were in use when 2 more were asked for."""
-
-    class Device:
-        max_memory_allocated = staticmethod(lambda: 70 * GIB)
-        mem_get_info = staticmethod(lambda: (5 * GIB, 80 * GIB))
-        memory_reserved = staticmethod(lambda: 75 * GIB)
-
+    """10 of the 70 GiB held the model, and 2 more were asked for."""
     monkeypatch.setattr(memory, "_cuda", Device)
     text = memory.advice(error, config(128, instances=4), phase="training", loaded=10 * GIB, finished_steps=3)
     assert text.startswith(f"out of {place} memory")
@@ -148,6 +153,24 @@ def test_a_record_that_is_broken_off_says_what_it_ran_out_of() -> None:
     except RuntimeError as error:
         with pytest.raises(memory.OutOfMemory, match=r"2\.00 GiB more were asked for; training with .* try 16, by"):
             memory.explain(error, "training", config(32, instances=4))
+
+
+@pytest.mark.parametrize(("error", "place"), [
+    (MemoryError(), "host"), (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "GPU"),
+])  # fmt: skip
+def test_what_a_full_gpu_held_lies_beside_the_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, place: str
+) -> None:
+    monkeypatch.setattr(memory, "_cuda", Device)
+    monkeypatch.setenv("RANK", "3")
+    cfg = Config.from_dict({"OUTPUT_DIR": str(tmp_path)})
+    with pytest.raises(memory.OutOfMemory) as told:
+        memory.explain(error, "training", cfg)
+    written = [path.name for path in tmp_path.iterdir()]
+    assert written == (["gpu_memory-rank3.pickle"] if place == "GPU" else [])
+    assert all(name in str(told.value) for name in written)
+    with pytest.raises(memory.OutOfMemory, match=r"GPU memory|host memory"):
+        memory.explain(error, "training", Config.from_dict({"OUTPUT_DIR": str(tmp_path / "absent")}))
 
 
 def test_it_loads_without_torch() -> None:

@@ -1,9 +1,10 @@
-"""Serve a gallery: whom does this crop show? Start it, and ask it, with
+"""Serve a gallery: whom does this crop show?
 
     RUN=log/shop GALLERY=galleries/shop API_KEY=... uvicorn examples.serve:app
     curl -H "X-API-Key: ..." --data-binary @lost.jpg "localhost:8000/search?top=5&at_least=0.62"
 
-It finds people: give the key to those who may do that, put TLS and a record of who asked before it, read SECURITY.md.
+The first line starts it, the second asks it. It finds people: give the key to those who may do that, put TLS and a
+record of who asked before it, and read SECURITY.md.
 """
 
 import os

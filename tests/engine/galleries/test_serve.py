@@ -8,11 +8,11 @@ import pytest
 
 from fusionreid.engine import cli
 from tests import ROOT
-from tests.engine.galleries.conftest import CROPS, run  # noqa: F401
+from tests.engine.galleries.conftest import CROPS
 
 
 @pytest.fixture(scope="module")
-def client(run: SimpleNamespace) -> Any:  # noqa: F811
+def client(run: SimpleNamespace) -> Any:
     for module in ("fastapi", "httpx"):
         pytest.importorskip(module, reason=f"{module} is not installed: pip install fastapi httpx")
     from fastapi.testclient import TestClient
@@ -30,7 +30,7 @@ def client(run: SimpleNamespace) -> Any:  # noqa: F811
     return TestClient(serve.app)
 
 
-def test_it_finds_an_image_and_nobody(run: SimpleNamespace, client: Any) -> None:  # noqa: F811
+def test_it_finds_an_image_and_nobody(run: SimpleNamespace, client: Any) -> None:
     crop, key = (run.crops / "03.png").read_bytes(), {"X-API-Key": "secret"}
     found = client.post("/search", params={"top": CROPS, "at_least": -1}, content=crop, headers=key)
     assert found.status_code == 200

@@ -3,8 +3,9 @@
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -72,15 +73,25 @@ def add(
 
 def listed(images: str) -> Iterator[pa.Table]:
     """Yield the images at a place in tables of a few hundred, as `stages.read` takes them."""
-    if images.endswith((".parquet", ".csv")):
-        batches: Iterable[Any] = _rows_of(images)
-    else:
-        paths = iter(_paths(images))
-        batches = iter(lambda: pa.record_batch({"path": pa.array(islice(paths, stages.READ_ROWS), pa.string())}), None)
-    for batch in batches:
-        if not len(batch):
+    with _explained(images):
+        if images.endswith((".parquet", ".csv")):
+            yield from (pa.Table.from_batches([batch]) for batch in _rows_of(images))
             return
-        yield pa.Table.from_batches([batch])
+        paths = iter(_paths(images))
+        while some := [os.fsencode(path) for path in islice(paths, stages.READ_ROWS)]:  # which need not be UTF-8
+            yield pa.table({"path": pa.array(some, pa.binary())})
+
+
+@contextmanager
+def _explained(images: str) -> Iterator[None]:
+    """Turn what Arrow says of a list, a folder or a bucket into a DataError."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{printable(images)} cannot be read: {error}; expected: an image, a folder, or a .csv or .parquet list "
+            "with the column path and, if known, person, camera, track and time with its zone, 2026-03-01T12:00:00Z"
+        ) from error
 
 
 def _rows_of(images: str) -> Iterator[pa.RecordBatch]:
@@ -141,7 +152,8 @@ def _on_ray(
     ray, data = needed("ray", "scale"), needed("ray.data", "scale")
     ray.init(None if address == "auto" else address, ignore_reinit_error=True)
     gpus, cores = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
-    rows = data.read_parquet(images) if images.endswith(".parquet") else data.from_arrow(list(listed(images)))
+    with _explained(images):
+        rows = data.read_parquet(images) if images.endswith(".parquet") else data.from_arrow(list(listed(images)))
     arrow = {"batch_format": "pyarrow"}
 
     class Worker:  # Ray takes a class, and makes an object of it on each worker

@@ -39,15 +39,15 @@ DONE = pa.schema([("added", pa.int64()), ("known", pa.int64()), ("faults", pa.li
 def read(images: pa.Table, place: str, given: Mapping[str, str], root: str = "") -> pa.Table:
     """Digest and decode those images that the gallery does not have.
 
-    Columns: path, or image with the bytes of a file, and, if known, person, camera, track and time; `given` are the
-    values of those that a list does not have. Paths are relative to `root`.
+    Columns: path, as text or bytes, or image with the bytes of a file, and, if known, person, camera, track and time;
+    `given` are the values of those that a list does not have. Paths are relative to `root`.
     """
     columns = images.column_names
     if not {"path", "image"} & set(columns):
         raise DataError(f"a list of images needs the column path, or image with their bytes, it has {columns}")
     with ThreadPoolExecutor() as threads:
-        paths = images["path"].cast(pa.string()).to_pylist() if "path" in columns else [None] * len(images)
-        paths = [path and (path if "://" in path else os.path.join(root, path)) for path in paths]
+        given_paths = images["path"].to_pylist() if "path" in columns else [None] * len(images)
+        paths = [path and _full(root, os.fsdecode(path)) for path in given_paths]
         contents = images["image"].to_pylist() if "image" in columns else [*threads.map(_content, paths)]
         ids = [blake2b(data, digest_size=16).hexdigest() if isinstance(data, bytes) else "" for data in contents]
         known = Gallery.open(place).known([*filter(None, ids)])
@@ -94,6 +94,10 @@ def write(rows: pa.Table, place: str) -> pa.Table:
     faults = [f"{path or 'an image without a path'}: {why}" for path, why in zip(*(
         faulty[name].to_pylist() for name in ("path", "state")))]  # fmt: skip
     return pa.table([[added], [len(rows) - added - len(faults)], [faults]], schema=DONE)
+
+
+def _full(root: str, path: str) -> str:
+    return path if "://" in path else os.path.join(root, path)
 
 
 def _content(path: str | None) -> bytes | str:

@@ -4,6 +4,7 @@ The id of a row is the digest of the image file. LanceDB is told that it is the 
 image at the same time then leave one row. Every change makes a version, to which `restore` goes back.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -62,8 +63,11 @@ def is_gallery(place: str | Path) -> bool:
 def divide(place: str | Path) -> tuple[str, str]:
     """Divide the place of a gallery, `galleries/shop` or `s3://bucket/shop.lance`, into its database and its name."""
     folder, _, name = str(place).rstrip("/").removesuffix(SUFFIX).rpartition("/")
-    if not name or name in (".", ".."):
-        raise GalleryError(f"{place} cannot be a gallery: name it as in galleries/shop or s3://bucket/shop")
+    if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII) or folder.endswith(":/"):
+        raise GalleryError(
+            f"{printable(str(place))} cannot be a gallery: name it as in galleries/shop or s3://bucket/shop, by "
+            "letters, digits, dots, dashes and underscores"
+        )
     return folder or ("/" if str(place).startswith("/") else "."), name
 
 

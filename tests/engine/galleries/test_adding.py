@@ -91,6 +91,35 @@ def test_a_folder_without_images_is_an_error(run: SimpleNamespace, tmp_path: Pat
         adding.add(run.cfg, str(tmp_path), str(tmp_path / "shop"))
 
 
+def test_a_name_that_is_no_text_is_embedded_and_shown(run: SimpleNamespace, tmp_path: Path) -> None:
+    shutil.copy(run.crops / "00.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
+    assert adding.add(run.cfg, str(tmp_path), str(tmp_path / "shop")) == (1, 0, [])
+    assert rows_of(Gallery.open(tmp_path / "shop"))[0][0]["path"].endswith(r"caf\xe9.png")
+
+
+@pytest.mark.parametrize(("name", "text", "message"), [
+    ("list.csv", "path,time\n00.png,then\n", "time with its zone"),
+    ("list.csv", "file\n00.png\n", "needs the column path"),
+    ("list.csv", "", "cannot be read"), ("list.parquet", "no Parquet", "cannot be read"),
+])  # fmt: skip
+def test_a_list_that_cannot_be_read(run: SimpleNamespace, tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ReIDError, match=message):
+        adding.add(run.cfg, str(tmp_path / name), str(tmp_path / "shop"))
+
+
+@pytest.mark.parametrize("images", ["nothing", "nothing.csv", "nothing.parquet", "no://bucket/crops"])
+def test_images_that_are_not_there(run: SimpleNamespace, tmp_path: Path, images: str) -> None:
+    with pytest.raises(ReIDError, match=r"there is no|cannot be read"):
+        adding.add(run.cfg, images, str(tmp_path / "shop"))
+
+
+@pytest.mark.parametrize("place", ["", "/", "..", "a/my shop", "s3://bucket", "caf\u00e9"])
+def test_a_place_that_cannot_be_a_gallery(run: SimpleNamespace, tmp_path: Path, place: str) -> None:
+    with pytest.raises(ReIDError, match="cannot be a gallery: name it as in"):
+        Gallery.create(place, "model", 8)
+
+
 def test_kill_9_in_the_middle_loses_no_row_and_the_next_time_adds_the_rest(
     run: SimpleNamespace, tmp_path: Path
 ) -> None:

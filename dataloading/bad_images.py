@@ -9,13 +9,13 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fusionreid.dataloading.dataset_warnings import dataset_warnings
 from fusionreid.dataloading.image_files import read_file
-from fusionreid.dataloading.index import inspect_file, mark_bad, reason, scan
+from fusionreid.dataloading.index import Entry, inspect_file, mark_bad, reason, scan
 from fusionreid.dataloading.records import PARTS, DataError, Record, Split, printable
 from fusionreid.files import locked, write_json
 
@@ -36,6 +36,7 @@ class BadImages:
     main: bool = True
     total: int = 0  # files checked
     root: str = ""  # of the data set, once checked
+    entries: Mapping[str, Entry] = field(default_factory=dict)  # of the files checked
 
     def check(self, split: Split, parts: Sequence[str] = PARTS, decode: Callable[[str], object] | None = None) -> Split:
         """Return the split without the files that cannot be used. DataError: the rule forbids to go on without them.
@@ -44,7 +45,7 @@ class BadImages:
         are replaced or left out. `decode` as for `scan`.
         """
         records: dict[str, tuple[Record, ...]] = {part: getattr(split, part) for part in PARTS}
-        entries = scan(split.root, [record.path for part in PARTS for record in records[part]], decode)
+        self.entries = entries = scan(split.root, [r.path for part in PARTS for r in records[part]], decode)
         faults = {path: entry.fault for path, entry in entries.items() if entry.fault}
         self.root, self.total = split.root, len(entries)
         goes_on = self.on_bad == "skip" and len(faults) <= self._tolerated

@@ -17,7 +17,6 @@ from fusionreid.dataloading.records import DataError, printable
 Filter = Literal["bicubic", "bilinear"]
 BICUBIC: Filter = "bicubic"  # training
 BILINEAR: Filter = "bilinear"  # test
-BATCHES_AHEAD = 2  # decoded in advance: by each worker process, or by DALI
 GREY = 128  # what is left of a JPEG where data are missing
 MORE = bytes(range(1, 128)) * 8
 RUN_BYTES = 1 << 18  # of pixels resized together: one by one takes a sixth longer (one core, 128 x 64 to 256 x 128)

@@ -153,10 +153,12 @@ def _attempt(command: Command, options: dict[str, Any], outcome: Outcome, file: 
         if (data := options.pop("data", None)) is not None:
             from fusionreid.engine import own_run
 
-            folder = own_run.folder_of(data, options["name"])
-            account = options.get("json")
-            given["config_file"] = str(own_run.prepare(data, folder, account=account, quiet=RANK > 0))
-            options |= {"json": None} if account else {}  # written, and says more than the list does
+            folder = own_run.folder_of(data, options["name"], given["overrides"])
+            run = own_run.prepare(
+                data, folder, given["overrides"], examine=command.examines, account=options.get("json"), quiet=RANK > 0
+            )
+            given["config_file"] = str(run.settings)
+            options |= {"own": run.own} if command.examines else {}
         options.pop("name", None)
         cfg = load_config(given["config_file"] or os.devnull, given["overrides"])
         if options.pop("print_config"):

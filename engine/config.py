@@ -125,7 +125,7 @@ class TestConfig(Section):
     FLIP: Switch = False  # features are the mean of an image's and its mirror image's
     RE_RANKING: ReRanking = False  # no, yes or published
     QUERY_EXPANSION: NonNegativeInt = 0  # nearest gallery images averaged into a query for a row of its own; 0: none
-    DETAILS: Switch = False  # also camera pairs, TPR at FPR, single gallery shot and multi-query in metrics.json
+    DETAILS: Switch = True  # also camera pairs, thresholds, ROC, single gallery shot, multi-query in report and metrics
     EMBEDDINGS: PathText = ""  # folder of an earlier evaluation to rank again, without a model; empty: embed
     SIE_UNKNOWN: Literal["error", "mean"] = "error"  # a camera that training never saw: stop, or the mean embedding
 

@@ -7,7 +7,6 @@ needed. An evaluation with TEST.DETAILS says which cosine means the same person.
 """
 
 import logging
-import os
 import sys
 from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
@@ -113,7 +112,12 @@ def options(parser: ArgumentParser) -> None:
                          help="use the index that gallery index has built: faster, and may miss some")  # fmt: skip
     parser.add_argument("--picture", type=_sheet, metavar="FILE",
                         help="also draw a contact sheet, as in found.html, .png or .jpg")  # fmt: skip
-    parser.add_argument("--json", type=_file, metavar="FILE", help="also write the matches to a file, as in found.json")
+    parser.add_argument(
+        "--json",
+        type=arguments.file_to_write,
+        metavar="FILE",
+        help="also write the matches to a file, as in found.json",
+    )
 
 
 def ending(_cfg: "Config", *, json: Path | None, picture: Path | None, **_: object) -> Ending:
@@ -186,17 +190,10 @@ def _cosine(text: str) -> float:
     return value
 
 
-def _file(text: str) -> Path:
-    path = arguments.path(text)
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise ArgumentTypeError(f"{text} cannot be written: name a file in a folder that is there")
-    return path
-
-
 def _sheet(text: str) -> Path:
     if not text.lower().endswith(SHEETS):
         raise ArgumentTypeError(f"{text} must end in {', '.join(SHEETS[:-1])} or {SHEETS[-1]}")
-    return _file(text)
+    return arguments.file_to_write(text)
 
 
 COMMAND = Command(

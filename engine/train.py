@@ -32,10 +32,12 @@ def train(cfg: "Config") -> None:
     check_loggers(cfg.SOLVER.LOGGERS)
     # torch loads only now: a mistake in the configuration has been reported at once.
     from fusionreid.engine.distributed import parallel
+    from fusionreid.engine.reporting.evaluate_run import report_evaluation
     from fusionreid.engine.training.trainer import Trainer
+    from fusionreid.weights.named import pinned
 
     startup.lap("imports")
-    trainer = Trainer(cfg, startup)
+    trainer = Trainer(cfg.model_copy(update={"MODEL": pinned(cfg.MODEL)}), startup, report_evaluation)
     with Stop() as stop:  # until here a signal ends the process at once: there is nothing to save
         trainer.train(stop)
     parallel.finish()

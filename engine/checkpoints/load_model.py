@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,8 +58,8 @@ def find_checkpoint(cfg: Config) -> Path:
     Not by default: it is chosen by the very images that it is measured on.
     """
     if cfg.TEST.WEIGHT not in ("", "best"):
-        return checkpoint_at(Path(cfg.TEST.WEIGHT), Path(cfg.OUTPUT_DIR))
-    folder = Path(cfg.OUTPUT_DIR) / "checkpoints"
+        return checkpoint_at(Path(cfg.TEST.WEIGHT).absolute(), Path(cfg.OUTPUT_DIR))
+    folder = Path(cfg.OUTPUT_DIR).absolute() / "checkpoints"  # vectors are compared by the checkpoint that they are of
     best = checkpoint.best(folder) if cfg.TEST.WEIGHT else None
     path = best.path if best else checkpoint.latest(folder)
     if path is None:
@@ -74,7 +74,7 @@ def restore(path: Path, cfg: Config) -> Trained:
     if path.is_dir():
         tensors, state = checkpoint.load(path)
         _warn_of_differences(cfg, config_of(state, path))
-        return _trained(tensors, state, cfg)
+        return _trained(path, tensors, state, cfg)
     published = read_state(path)
     classes = {len(t) for name, t in published.items() if t.ndim == 2 and re.search(r"classifier(_\d)?\.weight$", name)}
     if len(classes) != 1:
@@ -89,15 +89,26 @@ def restore_as_trained(path: Path) -> tuple[Trained, Config]:
     """The trained model of a checkpoint folder, and the configuration that it was trained with."""
     tensors, state = checkpoint.load(path)
     cfg = config_of(state, path)
-    return _trained(tensors, state, cfg), cfg
+    return _trained(path, tensors, state, cfg), cfg
 
 
-def _trained(tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], cfg: Config) -> Trained:
+def _trained(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], cfg: Config) -> Trained:
     cameras = tuple(state["cameras"])
     model = build(cfg, state["classes"], max(cameras) + 1)
     load_model(model, {**tensors["model"], **tensors.get("average", {})})  # of the weights, if one was kept
-    names = tuple(state.get("camera_names", _numbered(cameras)))
-    return Trained(model, cameras, state["config"]["DATASETS"]["NAMES"], names)
+    return Trained(model, cameras, state["config"]["DATASETS"]["NAMES"], _names(path, state, cameras))
+
+
+def _names(path: Path, state: Mapping[str, Any], cameras: Sequence[int]) -> tuple[str, ...]:
+    """Names of the cameras; those of a checkpoint that does not keep any are their numbers, from 1."""
+    names = state.get("camera_names")
+    if names is None:
+        return _numbered(cameras)
+    if not isinstance(names, list) or len(names) != len(cameras) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(
+            f"{path}: camera_names in its state.json are not those of {len(cameras)} cameras: use another checkpoint"
+        )
+    return tuple(names)
 
 
 def _numbered(cameras: Iterable[int]) -> tuple[str, ...]:

@@ -17,17 +17,35 @@ from fusionreid.engine.evaluation.measures import Ids, expand_queries
 from fusionreid.engine.evaluation.rerank import rerank_blocks
 from fusionreid.engine.evaluation.retrieval import Metric, Ranking, rank, rank_blocks
 
-__all__ = ["Evaluation", "NonFiniteError", "check_cameras", "evaluate", "rank_all", "rank_features", "split_ids"]
+__all__ = [
+    "Evaluation",
+    "NonFiniteError",
+    "Report",
+    "check_cameras",
+    "evaluate",
+    "rank_all",
+    "rank_features",
+    "split_ids",
+]
 
+MODEL = "FusionReID"  # name of the ranking by its features as they are
 RE_RANKING: dict[bool | str, tuple[int, int] | None] = {False: None, True: (20, 6), "published": (50, 15)}  # k1, k2
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Features (Q + G, D) in fp32, queries first, on the device `embed` chose, and their ranking."""
+    """Features (Q + G, D) in fp32, queries first, on the device `embed` chose, and their rankings by name."""
 
     features: Tensor
-    ranking: Ranking
+    rankings: dict[str, Ranking]
+
+    @property
+    def ranking(self) -> Ranking:
+        """The re-ranked one if TEST.RE_RANKING asks for it, else the plain one."""
+        return self.rankings.get("re-ranked", self.rankings[MODEL])
+
+
+Report = Callable[[Config, Split, Evaluation, int, Ranks], None]  # called by all ranks; the int is the step
 
 
 def has_camera_embedding(cfg: Config, cameras: Sequence[int]) -> bool:
@@ -39,10 +57,11 @@ def check_cameras(split: Split, cameras: Sequence[int], cfg: Config) -> None:
     """Raise DataError if a test image's camera is not among those of training and TEST.SIE_UNKNOWN is not mean."""
     unseen = sorted({record.camera for record in (*split.query, *split.gallery)} - set(cameras))
     if unseen and has_camera_embedding(cfg, cameras) and cfg.TEST.SIE_UNKNOWN == "error":
+        new, known = (", ".join(split.camera_names.get(c, str(c + 1)) for c in some) for some in (unseen, cameras))
         raise DataError(
-            f"{split.name}: query or gallery has images of cameras {[c + 1 for c in unseen]}, training had only "
-            f"{[c + 1 for c in cameras]} (counted from 1), so the model has no embedding for them; set "
-            "TEST.SIE_UNKNOWN mean to use the mean embedding, or train with MODEL.SIE_CAMERA no"
+            f"{split.name}: query or gallery has images of the cameras {new}; training had only {known}, so the model "
+            "has no embedding for them; set TEST.SIE_UNKNOWN mean to use the mean embedding, or train with "
+            "MODEL.SIE_CAMERA no"
         )
 
 
@@ -61,14 +80,13 @@ def evaluate(
     `before_batch` is called by all ranks before each batch and may raise to end the evaluation there.
     """
     features = embed(model, images, cameras, cfg, ranks, before_batch=before_batch)
-    rankings = rank_all("plain", features, len(split.query), split_ids(split), cfg, ranks)
-    return Evaluation(features, rankings.get("re-ranked", rankings["plain"]))
+    return Evaluation(features, rank_all(features, len(split.query), split_ids(split), cfg, ranks))
 
 
-def rank_all(name: str, features: Tensor, num_query: int, ids: Ids, cfg: Config, ranks: Ranks) -> dict[str, Ranking]:
-    """The exact ranking by features (Q + G, D), under `name`, and the further ones that TEST asks for."""
+def rank_all(features: Tensor, num_query: int, ids: Ids, cfg: Config, ranks: Ranks) -> dict[str, Ranking]:
+    """Rank exactly by features (Q + G, D), the model's own ranking first, then the further ones that TEST asks for."""
     query, gallery = features[:num_query], features[num_query:]
-    rankings = {name: rank_features(query, gallery, ids, ranks)}
+    rankings = {MODEL: rank_features(query, gallery, ids, ranks)}
     if cfg.TEST.QUERY_EXPANSION:
         expanded = expand_queries(query, gallery, cfg.TEST.QUERY_EXPANSION)
         rankings["expanded queries"] = rank_features(expanded, gallery, ids, ranks, metric="cosine")

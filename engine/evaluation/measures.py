@@ -90,7 +90,7 @@ def operating_points(
     admitted = {rate: int(rate * num_negative) for rate in false_positive_rates if rate * num_negative >= 1}
     most = max(admitted.values(), default=0) + 1
     positive, nearest, num_kept, limit = [], [], 0, math.inf
-    for block, (person, gallery_person, camera, gallery_camera) in _with_ids(blocks, ids):
+    for block, (person, gallery_person, camera, gallery_camera) in with_ids(blocks, ids):
         of_person = gallery_person == person[:, None]
         positive.append(block[of_person & (gallery_camera != camera[:, None])])
         nearest.append(block[~of_person & (block < limit)])
@@ -127,7 +127,7 @@ def single_gallery_shot(
     most = max(1, int(count_equal(ids[0], ids[1]).max()) if len(ids[0]) else 1)
     size = max(1, COUNTS // ((most + 1) * (int(label.max()) + 1)))
     sums = [torch.zeros(max_rank + 1, dtype=torch.float64, device=ids[0].device)]  # of curves, and how many
-    for whole, (persons, gallery_person, cameras, gallery_camera) in _with_ids(blocks, ids):
+    for whole, (persons, gallery_person, cameras, gallery_camera) in with_ids(blocks, ids):
         for block, person, camera in zip(whole.split(size), persons.split(size), cameras.split(size)):
             same = gallery_person == person[:, None]
             match = same & (gallery_camera != camera[:, None])
@@ -221,7 +221,7 @@ def expand_queries(query: Tensor, gallery: Tensor, k: int, *, alpha: float = 3.0
     return F.normalize(expanded)
 
 
-def _with_ids(blocks: Iterable[Tensor], ids: Ids) -> Iterator[tuple[Tensor, Ids]]:
+def with_ids(blocks: Iterable[Tensor], ids: Ids) -> Iterator[tuple[Tensor, Ids]]:
     """Each block with the persons and cameras of its queries and of the gallery, on its device."""
     start = 0
     here = ids

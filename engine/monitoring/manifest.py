@@ -94,6 +94,12 @@ def describe_data(split: Split) -> dict[str, Any]:
     return {**about, **parts, "digest": digest.hexdigest()}
 
 
+def recorded_data(output: Path) -> dict[str, Any]:
+    """Read what `describe_data` found when the run in `output` started; empty where that is not known."""
+    data: dict[str, Any] = _load(output / FILE).get("data", {})
+    return data
+
+
 def _size(path: str) -> int:
     try:
         return os.stat(path).st_size

@@ -1,10 +1,10 @@
-"""Where the model looks: what the two class tokens attend to among the patches of the other branch."""
+"""Where the model looks: attention of the last fusion, and Grad-CAM of the CNN branch."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusionreid import FusionReID
@@ -14,28 +14,24 @@ from fusionreid.engine.config import Config
 from fusionreid.engine.distributed import parallel
 from fusionreid.engine.distributed.parallel import Ranks
 from fusionreid.engine.evaluation.extract import known_only
-from fusionreid.engine.reporting.rank_lists import FAINT, GAP, INK, MARGIN, THUMBNAIL
 from fusionreid.kernels import ClassStream
 from fusionreid.kernels.reference import class_attention_weights
 
-DARKEST = 0.1  # share of the light that is left where nothing is attended to
-LABEL = 170  # width of the column of labels in pixels
-ROWS = "query", "CNN's class token over\nthe Transformer's patches", "Transformer's class token\nover the CNN's patches"
-
-Maps = tuple[Tensor, Tensor]  # (B, h, w) each: of the CNN's class token, of the Transformer's
+BY_CNN, BY_TRANSFORMER = "CNN attends to Transformer", "Transformer attends to CNN"
+GRAD_CAM = "Grad-CAM of the CNN"
 
 
 @torch.no_grad()
 def attention_maps(
     model: FusionReID, records: Sequence[Record], cameras: Sequence[int], cfg: Config, ranks: Ranks
-) -> Maps | None:
-    """Return the attention of the last fusion at each patch, mean over heads; None where the model fuses nothing.
+) -> dict[str, Tensor]:
+    """Return the attention (B, h, w) of the last fusion at each patch, mean over heads; none where nothing is fused.
 
     All ranks call it with the same records, because a sharded model computes in step.
     """
     fusions = model.htm.layers[-1].fusions if len(model.heads) > 1 else []
     if not len(fusions) or not records:
-        return None
+        return {}
     shares: list[Tensor] = []
     grids: list[torch.Size] = []
 
@@ -48,37 +44,43 @@ def attention_maps(
 
     hooks = [unit.attn.register_forward_hook(note_shares) for unit in fusions]
     hooks += [unit.register_forward_hook(note_grid) for unit in (model.cnn_lru, model.transformer_lru)]
-    here = cfg.DATALOADER.model_copy(update={"NUM_WORKERS": 0})  # a handful of images
-    images = TestLoader(records, cfg.INPUT, here, batch_size=len(records), device=ranks.device)
     known = torch.tensor(list(cameras), dtype=torch.int64, device=ranks.device)
     model.eval()
-    for batch in images:
+    for batch in _loaded(records, cfg, ranks):
         with parallel.autocast(cfg.SOLVER.PRECISION, ranks.device):
             model(batch.images, known_only(batch.cameras, known))
     for hook in hooks:
         hook.remove()
     by_cnn, by_transformer = (share.cpu() for share in shares)  # in the order of the streams
-    return by_cnn.unflatten(1, grids[1]), by_transformer.unflatten(1, grids[0])
+    return {BY_CNN: by_cnn.unflatten(1, grids[1]), BY_TRANSFORMER: by_transformer.unflatten(1, grids[0])}
 
 
-def attention_sheet(records: Sequence[Record], maps: Maps) -> Image.Image:
-    """Draw a column per image: as it is, then lit by either map, brightest where most is attended to."""
-    width, height = THUMBNAIL[0] + GAP, THUMBNAIL[1] + GAP
-    sheet = Image.new("RGB", (2 * MARGIN + LABEL + len(records) * width - GAP, 2 * MARGIN + 3 * height - GAP), "white")
-    pen, small = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for row, label in enumerate(ROWS):
-        pen.text((MARGIN, MARGIN + row * height), label, FAINT if row else INK, small)
-    for column, record in enumerate(records):
-        with Image.open(record.path) as file:
-            image = file.convert("RGB").resize(THUMBNAIL, Image.Resampling.BICUBIC)
-        x = MARGIN + LABEL + column * width
-        lit = [image, *(_lit(image, attended[column].numpy()) for attended in maps)]
-        for row, picture in enumerate(lit):
-            sheet.paste(picture, (x, MARGIN + row * height))
-    return sheet
+def grad_cam(
+    model: FusionReID, records: Sequence[Record], matches: Sequence[Record], cfg: Config, ranks: Ranks
+) -> dict[str, Tensor]:
+    """Return where the CNN finds each image (B, h, w) like its match: Grad-CAM of the cosine of both CNN features.
+
+    Nothing without a CNN branch, or without captum, which is optional.
+    """
+    cnn = model.cnn
+    if cnn is None or not records or find_spec("captum") is None:
+        return {}
+    from captum.attr import LayerGradCam  # 1 s
+
+    model.eval()
+    (batch,) = _loaded([*records, *matches], cfg, ranks)
+    images, match_images = batch.images.float().chunk(2)
+    with torch.no_grad():
+        concept = model.cnn_pool(cnn(match_images))
+
+    def likeness(pixels: Tensor) -> Tensor:
+        return F.cosine_similarity(model.cnn_pool(cnn(pixels)), concept)
+
+    maps = LayerGradCam(likeness, cnn).attribute(images.requires_grad_(), relu_attributions=True)
+    return {GRAD_CAM: maps[:, 0].detach().float().cpu()}
 
 
-def _lit(image: Image.Image, attended: np.ndarray) -> Image.Image:
-    light = Image.fromarray(attended / attended.max()).resize(image.size, Image.Resampling.BILINEAR)
-    factor = DARKEST + (1 - DARKEST) * np.asarray(light)[:, :, None]
-    return Image.fromarray((np.asarray(image) * factor).round().astype(np.uint8))
+def _loaded(records: Sequence[Record], cfg: Config, ranks: Ranks) -> TestLoader:
+    """One batch of all records, the same on all ranks."""
+    here = cfg.DATALOADER.model_copy(update={"NUM_WORKERS": 0})  # a handful of images
+    return TestLoader(records, cfg.INPUT, here, batch_size=len(records), device=ranks.device)

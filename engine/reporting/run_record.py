@@ -12,10 +12,15 @@ from fusionreid.dataloading.records import DataError
 from fusionreid.engine.config_yaml import flat
 from fusionreid.engine.reporting.charts import Point
 
+METRICS, QUERIES = "metrics.json", "queries.json"
+
 log = logging.getLogger(__name__)
 
 # JSON has no word for a number that is not finite: the files of a run say NaN or null.
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+
+
+Picture = Annotated[str, Field(pattern="^[A-Za-z0-9+/]*=*$")]  # base64
 
 
 class FromFile(BaseModel, strict=True, extra="ignore"):
@@ -29,6 +34,8 @@ class Result(FromFile):
     mINP: Number
     cmc: Annotated[list[Number], Field(min_length=1)]  # at [k - 1]: the share of queries with a match in the first k
     valid_queries: int
+    interval_95: dict[str, tuple[Number, Number]] = {}  # of mAP, mINP and Rank-1
+    unmatched_queries: int = 0
 
     def rate_at(self, rank: int) -> float:
         """CMC at a rank; a list shorter than the rank has found all that it will."""
@@ -51,25 +58,103 @@ class DataCounts(FromFile):
     gallery: Counts
 
 
+class CameraPair(FromFile):
+    """Result of the queries of one camera against the gallery images of another, by their names."""
+
+    query: str | int
+    gallery: str | int
+    num_valid: int
+    mAP: Number
+
+
+class Threshold(FromFile):
+    """Rates at one threshold over the pairs of all queries; the cosine is missing where features differ in length."""
+
+    false_positive_rate: Annotated[float, Field(gt=0)]
+    true_positive_rate: Number
+    distance: Number  # squared
+    cosine: float | None = None
+
+
+class Pairs(FromFile):
+    """Pairs of a query and a gallery image, of one person and of two, counted by their cosine or distance."""
+
+    measure: str
+    same_person: int
+    other_person: int
+    edges: list[float]
+    same_counts: list[int]
+    other_counts: list[int]
+    roc: list[tuple[float, float]]  # false positive rate, true positive rate
+
+
+class Confusion(FromFile):
+    """Number of a person's queries that find one other person first."""
+
+    person: str
+    taken_for: str
+    queries: int
+    of: int
+
+
 class Metrics(FromFile):
     """What the report shows of metrics.json."""
 
     data: str = ""
     note: str = ""
+    evaluated: str = ""
+    checkpoint: str = ""
     split: DataCounts | None = None
     results: dict[str, Result] = {}
+    camera_pairs: list[CameraPair] = []
+    thresholds: list[Threshold] = []
+    pairs: Pairs | None = None
+    confusions: list[Confusion] | None = None
+
+
+class Shown(FromFile):
+    """An image with the names of its person and camera; pictures are JPEG files in base64."""
+
+    person: str
+    camera: str
+    picture: Picture
+
+
+class Found(Shown):
+    """A gallery image in a ranking."""
+
+    score: Number
+    right: bool
+
+
+class ShownQuery(Shown):
+    """A query, its nearest gallery images, and where the model looks in it."""
+
+    kind: str  # best, median or worst
+    average_precision: Number
+    maps: dict[str, Picture]  # what a map shows -> picture
+    found: list[Found]
+
+
+class Queries(FromFile):
+    """What queries.json holds."""
+
+    measure: str = ""
+    queries: list[ShownQuery] = []
 
 
 class Manifest(FromFile):
     """What the report shows of manifest.json."""
 
     config: dict[str, Any] = {}
+    device: str = ""
 
 
 class LogLine(FromFile):
     """What the report shows of a line of metrics.jsonl."""
 
     epoch: Number = math.nan
+    seconds: Number = math.nan  # since this start of the run
     loss: Number = math.nan
     mAP: Number = Field(math.nan, alias="eval/mAP")
     rank1: Number = Field(math.nan, alias="eval/rank1")
@@ -80,8 +165,16 @@ class RunRecord(NamedTuple):
 
     name: str
     metrics: Metrics
+    queries: Queries
     lines: list[LogLine]
     settings: dict[str, Any]  # the configuration in its manifest, dotted keys
+    device: str
+
+    @property
+    def seconds(self) -> float:
+        """Duration of the training up to its last log line, without the pauses between its starts."""
+        times = [line.seconds for line in self.lines if math.isfinite(line.seconds)]
+        return sum(time for time, later in zip(times, [*times[1:], 0.0]) if later < time)
 
     def curve(self, key: str, factor: float = 1.0) -> list[Point]:
         """Points (epoch, value) of the log lines that have a finite value for this key."""
@@ -92,14 +185,21 @@ class RunRecord(NamedTuple):
 FileContent = TypeVar("FileContent", bound=FromFile)
 
 
+def cosine_text(cosine: float) -> str:
+    """Write a cosine with three significant digits of its difference from 1: near 1 they tell cosines apart."""
+    return f"{cosine:.{min(max(3, 2 - math.floor(math.log10(max(1 - cosine, 1e-9)))), 7)}f}"
+
+
 def read_run(folder: Path, name: str) -> RunRecord:
     """Read what is in a folder; DataError where that is neither a training nor an evaluation, or is damaged."""
-    metrics, log_lines = folder / "metrics.json", folder / "metrics.jsonl"
+    metrics, log_lines = folder / METRICS, folder / "metrics.jsonl"
     if not (metrics.is_file() or log_lines.is_file()):
         raise DataError(f"{folder} holds neither {metrics.name} nor {log_lines.name}: train or evaluate that run first")
-    settings = _read(folder / "manifest.json", Manifest, "remove it to draw the report without it").config
+    manifest = _read(folder / "manifest.json", Manifest, "remove it to draw the report without it")
     results = _read(metrics, Metrics, "evaluate that run again")
-    return RunRecord(name, results, read_log(log_lines) if log_lines.is_file() else [], dict(flat(settings)))
+    queries = _read(folder / QUERIES, Queries, "evaluate that run again")
+    lines = read_log(log_lines) if log_lines.is_file() else []
+    return RunRecord(name, results, queries, lines, dict(flat(manifest.config)), manifest.device)
 
 
 def _read(path: Path, content: type[FileContent], remedy: str) -> FileContent:

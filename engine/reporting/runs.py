@@ -3,34 +3,29 @@
 import math
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fusionreid.dataloading.records import PARTS
+from fusionreid.dataloading.records import PARTS, printable
 from fusionreid.engine.config import Config
 from fusionreid.engine.reporting.charts import COLOURS, Chart, Line, line_chart, ticks
-from fusionreid.engine.reporting.html import Cell, Section, Table, text_table, write_page
-from fusionreid.engine.reporting.run_record import Counts, Result, RunRecord, read_run
+from fusionreid.engine.reporting.html import Fact, Section, text_table, write_page
+from fusionreid.engine.reporting.run_record import Counts, RunRecord, read_run
+from fusionreid.engine.reporting.sections import (
+    PERCENT_TICKS,
+    camera_sections,
+    cmc_sections,
+    confusion_sections,
+    pair_sections,
+    query_sections,
+    result_sections,
+)
 
-REPORT, RANK_LISTS, ATTENTION = "report.html", "ranks.png", "attention.png"
-PICTURES = {  # name of the file -> title, text
-    RANK_LISTS: (
-        "Rank lists",
-        "Queries from the best to the worst. Green: the same person. Red: another person. Gallery images of the same "
-        "person by the query's own camera are left out.",
-    ),
-    ATTENTION: (
-        "Where each branch looks in the other",
-        "The same queries, lit where the class token of one branch attends among the patches of the other, in the last "
-        "fusion: what the CNN takes from the Transformer, and the Transformer from the CNN.",
-    ),
-}
-SHOWN_RANKS = 1, 5, 10
-LAST_RANK = 20  # of the chart
-PERCENT_TICKS = range(0, 101, 20)
+REPORT = "report.html"
 
 
-def draw_report(output: Path, cfg: Config, compare: Sequence[Path] = ()) -> None:
+def draw_report(output: Path, cfg: Config, compare: Sequence[Path] = (), *, quiet: bool = False) -> None:
     """Write report.html in `output` from the files there, and compare the run with those in other folders."""
     folders = [output, *compare]
     runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders))]
@@ -40,49 +35,69 @@ def draw_report(output: Path, cfg: Config, compare: Sequence[Path] = ()) -> None
         for name, result in run.metrics.results.items()
     }
     about = runs[0].metrics
-    sections = [*_result_sections(results), *_curve_sections(runs)]
+    loss, measures = _loss_sections(runs), _measure_sections(runs)
+    sections = [*result_sections(results), *pair_sections(about), *measures, *cmc_sections(results)]
+    sections += [*camera_sections(about.camera_pairs), *confusion_sections(about.confusions)]
+    sections += [*query_sections(runs[0].queries), *loss]
+    if about.split:
+        rows = [[part, *(f"{count:,}" for _, count in getattr(about.split, part))] for part in PARTS]
+        sections.append(Section("Data", table=text_table(("", *Counts.model_fields), rows), half=True))
     if compare:
         rows = differences([run.settings for run in runs])
         sections.append(Section("Settings that differ", table=text_table(("", *(run.name for run in runs)), rows)))
-    for file, (title, text) in PICTURES.items():
-        if (output / file).is_file():
-            sections.append(Section(title, text, picture=(output / file).read_bytes()))
-    if about.split:
-        rows = [[part, *(f"{count:,}" for _, count in getattr(about.split, part))] for part in PARTS]
-        sections.append(Section("Data", table=text_table(("", *Counts.model_fields), rows)))
     sections.append(Section("Configuration", code=cfg.dump()))
-    write_page(output / REPORT, "FusionReID", f"{about.data} {about.note}".strip(), sections)
-    print(f"report: {output / REPORT}")
+    write_page(output / REPORT, printable(output.absolute().name), _facts(runs[0]), sections)
+    if not quiet:
+        print(f"report: {output / REPORT}")
 
 
-def _result_sections(results: Mapping[str, Result]) -> list[Section]:
-    if not results:
-        return [Section("Results", "This run has not been evaluated yet.")]
-    last = max(2, min(LAST_RANK, max(len(result.cmc) for result in results.values())))
-    curves = [[(float(k), 100 * result.rate_at(k)) for k in range(1, last + 1)] for result in results.values()]
-    lines = [
-        Line(name, [point for point in curve if math.isfinite(point[1])], i, i // COLOURS)
-        for i, (name, curve) in enumerate(zip(results, curves))
-    ]
-    chart = line_chart("rank", lines, (1, *range(5, last + 1, 5)), PERCENT_TICKS)
-    return [
-        Section("Results, %", table=results_table(results)),
-        Section("CMC, %", "Queries with a match among the first k images of their ranking.", chart),
-    ]
+def _facts(run: RunRecord) -> list[Fact]:
+    """Say in the head of the page what was evaluated, when, and after how much training."""
+    about, epochs = run.metrics, [line.epoch for line in run.lines if math.isfinite(line.epoch)]
+    took = f"{max(epochs):g} epoch{'s' * (max(epochs) != 1)}" if epochs else ""
+    if run.seconds:
+        took += f" in {duration(run.seconds)}"
+    facts = {
+        "Data": f"{about.data} {about.note}".strip(),
+        "Training": took,
+        "Checkpoint": printable(Path(about.checkpoint).name),
+        "Evaluated": _date(about.evaluated),
+        "Device": run.device,
+    }
+    return [Fact(name, value) for name, value in facts.items() if value]
 
 
-def _curve_sections(runs: Sequence[RunRecord]) -> list[Section]:
+def duration(seconds: float) -> str:
+    """A duration in its two largest units."""
+    units = (86_400, "d"), (3600, "h"), (60, "min"), (1, "s")
+    left, texts = round(seconds), list[str]()
+    for size, name in units:
+        count, left = divmod(left, size)
+        texts += [f"{count} {name}"] if count or texts else []
+    return " ".join(texts[:2]) or "0 s"
+
+
+def _date(text: str) -> str:
+    try:
+        return datetime.fromisoformat(text).astimezone(UTC).strftime("%-d %B %Y, %H:%M UTC")
+    except ValueError:
+        return text
+
+
+def _loss_sections(runs: Sequence[RunRecord]) -> list[Section]:
     losses = [Line(run.name, run.curve("loss"), i, i // COLOURS) for i, run in enumerate(runs)]
+    chart = _over_epochs([line for line in losses if len(line.points) > 1])
+    return [Section("Training loss", chart=chart, half=True)] if chart else []
+
+
+def _measure_sections(runs: Sequence[RunRecord]) -> list[Section]:
     measures = [
         Line(f"{run.name}, {measure}" if len(runs) > 1 else measure, run.curve(key, 100), i, dash)
         for i, run in enumerate(runs)
         for dash, (key, measure) in enumerate((("mAP", "mAP"), ("rank1", "Rank-1")))
     ]
-    charts = {
-        "Training loss": _over_epochs([line for line in losses if len(line.points) > 1]),
-        "mAP and Rank-1 during training, %": _over_epochs([line for line in measures if line.points], PERCENT_TICKS),
-    }
-    return [Section(title, chart=chart) for title, chart in charts.items() if chart is not None]
+    chart = _over_epochs([line for line in measures if line.points], PERCENT_TICKS)
+    return [Section("mAP and Rank-1 by epoch, %", chart=chart, half=True)] if chart else []
 
 
 def _over_epochs(lines: Sequence[Line], y_ticks: Sequence[float] | None = None) -> Chart | None:
@@ -91,26 +106,6 @@ def _over_epochs(lines: Sequence[Line], y_ticks: Sequence[float] | None = None) 
     last_epoch = max(epoch for line in lines for epoch, _ in line.points)
     highest = max(value for line in lines for _, value in line.points)
     return line_chart("epoch", lines, ticks(last_epoch), ticks(highest) if y_ticks is None else y_ticks)
-
-
-def results_table(results: Mapping[str, Result]) -> Table:
-    """Lay out measures in %, the best of each in bold where there are several rows."""
-    rates = [[r.mAP, r.mINP, *(r.rate_at(rank) for rank in SHOWN_RANKS)] for r in results.values()]
-    best = [max(filter(math.isfinite, column), default=math.nan) for column in zip(*rates)]
-    head = ("", "mAP", "mINP", *(f"Rank-{rank}" for rank in SHOWN_RANKS), "valid queries")
-    rows = [
-        [
-            Cell(name),
-            *(Cell(_percent(rate), len(rates) > 1 and rate == top) for rate, top in zip(row, best)),
-            Cell(f"{result.valid_queries:,}"),
-        ]
-        for (name, result), row in zip(results.items(), rates)
-    ]
-    return Table(head, rows)
-
-
-def _percent(rate: float) -> str:
-    return f"{100 * rate:.1f}" if math.isfinite(rate) else "n/a"
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

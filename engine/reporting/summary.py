@@ -1,64 +1,95 @@
-"""Results of an evaluation: the printed table, metrics.json with intervals and details, pictures and the report."""
+"""Results of an evaluation: the printed table, metrics.json with intervals and details, queries.json and the report."""
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fusionreid.dataloading.records import Record, Split
 from fusionreid.engine.config import Config
+from fusionreid.engine.evaluation.details import nearest_match
 from fusionreid.engine.evaluation.measures import Ids, bootstrap
-from fusionreid.engine.evaluation.retrieval import Ranking, top_k
-from fusionreid.engine.reporting.attention import Maps, attention_sheet
-from fusionreid.engine.reporting.rank_lists import SHOWN_QUERIES, choose_queries, rank_lists
-from fusionreid.engine.reporting.run_record import Result
-from fusionreid.engine.reporting.runs import ATTENTION, RANK_LISTS, SHOWN_RANKS, draw_report
-from fusionreid.files import atomic_write, write_json
+from fusionreid.engine.evaluation.names import Names
+from fusionreid.engine.evaluation.retrieval import Ranking
+from fusionreid.engine.reporting.queries import Maps, camera_name, choose_queries, confusions, describe_queries
+from fusionreid.engine.reporting.run_record import METRICS, QUERIES, Result, cosine_text
+from fusionreid.engine.reporting.runs import draw_report
+from fusionreid.engine.reporting.sections import SHOWN_RANKS
+from fusionreid.files import write_json
+
+VECTOR = "FEAT", "NECK_FEAT", "FEAT_NORM", "FLIP"  # what of TEST decides a vector
 
 
-def write_results(output: Path, rankings: Mapping[str, Ranking], about: Mapping[str, Any]) -> None:
-    """Print the table and write metrics.json: measures by name, and what they are about."""
+def write_results(output: Path, rankings: Mapping[str, Ranking], about: Mapping[str, Any], *, quiet: bool) -> None:
+    """Write metrics.json, measures by name and what they are about, and print the table unless `quiet`."""
     columns = "mAP", "mINP", *(f"Rank-{rank}" for rank in SHOWN_RANKS)
-    print(f"{'%':18}{''.join(f'{column:>8}' for column in columns)}{'queries':>9}{'mAP, 95 % interval':>22}")
+    lines = [f"{'%':18}{''.join(f'{column:>8}' for column in columns)}{'queries':>9}{'mAP, 95 % interval':>22}"]
     results = {}
     for name, ranking in rankings.items():
         each = [ranking.average_precisions, ranking.inverse_penalties, (ranking.first_ranks == 1).double()]
         low, high = (limits.tolist() for limits in bootstrap(torch.stack(each, 1)))
-        cmc, count = ranking.cmc.tolist(), ranking.num_valid
-        result = Result(mAP=ranking.mAP, mINP=ranking.mINP, cmc=cmc, valid_queries=count)
+        result = Result(
+            mAP=ranking.mAP,
+            mINP=ranking.mINP,
+            cmc=ranking.cmc.tolist(),
+            valid_queries=ranking.num_valid,
+            interval_95=dict(zip(("mAP", "mINP", "Rank-1"), zip(low, high))),
+            unmatched_queries=ranking.num_unmatched,
+        )
         measures = result.mAP, result.mINP, *(result.rate_at(rank) for rank in SHOWN_RANKS)
         interval = f"{100 * low[0]:.1f} to {100 * high[0]:.1f}"
-        print(f"{name:18}{''.join(f'{100 * value:8.1f}' for value in measures)}{count:9}{interval:>22}")
-        results[name] = {
-            **result.model_dump(),
-            "interval_95": dict(zip(("mAP", "mINP", "Rank-1"), map(list, zip(low, high)))),
-            "unmatched_queries": ranking.num_unmatched,
-        }
-    write_json(output / "metrics.json", {**about, "results": results})
+        rates = "".join(f"{100 * value:8.1f}" for value in measures)
+        lines.append(f"{name:18}{rates}{result.valid_queries:9}{interval:>22}")
+        results[name] = result.model_dump()
+    if not quiet:
+        print("\n".join(lines))
+    (output / QUERIES).unlink(missing_ok=True)  # of another evaluation
+    evaluated = datetime.now(UTC).isoformat(timespec="seconds")
+    kept = _kept(output / METRICS, about)
+    write_json(output / METRICS, {**kept, **about, "evaluated": evaluated, "results": results})
 
 
-def add_details(output: Path, details: Mapping[str, Any]) -> None:
-    """Add what TEST.DETAILS asks for to metrics.json, and print the thresholds among it."""
-    for point in details["thresholds"]:
+def _kept(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an earlier evaluation of the same vectors found out besides, such as the thresholds."""
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        same = _vectors(earlier) == _vectors(json.loads(json.dumps(about)))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):  # none, or damaged: it is replaced
+        return {}
+    return {key: value for key, value in earlier.items() if key not in about} if same else {}
+
+
+def _vectors(about: Mapping[str, Any]) -> list[Any]:
+    """Return what tells vectors from others: the checkpoint, the images, and the settings that shape a vector."""
+    test = about.get("TEST", {})
+    return [about["checkpoint"], about["split"]["digest"], *(test.get(key) for key in VECTOR)]
+
+
+def add_details(output: Path, details: Mapping[str, Any], names: Names, *, quiet: bool) -> None:
+    """Add what TEST.DETAILS asks for to metrics.json, cameras by name, and print the thresholds unless `quiet`."""
+    for point in [] if quiet else details["thresholds"]:
         cosine, distance = point.get("cosine"), point["distance"] ** 0.5
-        limit = f"distance at most {distance:.3f}" if cosine is None else f"cosine at least {cosine:.3f}"
+        limit = f"distance at most {distance:.3f}" if cosine is None else f"cosine at least {cosine_text(cosine)}"
         found, rarity = 100 * point["true_positive_rate"], 1 / point["false_positive_rate"]
         print(f"same person if {limit}: finds {found:.1f} % of the matches, accepts 1 in {rarity:,.0f} other pairs")
-    results = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-    write_json(output / "metrics.json", {**results, **details})
+    pairs = [
+        {**pair, "query": camera_name(names, pair["query"]), "gallery": camera_name(names, pair["gallery"])}
+        for pair in details["camera_pairs"]
+    ]
+    _add(output, {**details, "camera_pairs": pairs})
 
 
-def shown_queries(ranking: Ranking, query: Sequence[Record]) -> list[Record]:
-    """Choose the queries that the pictures show."""
-    return [query[i] for i in choose_queries(_precision(ranking), SHOWN_QUERIES)]
+def _add(output: Path, more: Mapping[str, Any]) -> None:
+    known = json.loads((output / METRICS).read_text(encoding="utf-8"))
+    write_json(output / METRICS, {**known, **more})
 
 
-def _precision(ranking: Ranking) -> np.ndarray:
+def precision_of(ranking: Ranking) -> np.ndarray:
     """Return the average precision (Q,), NaN where a query has no match."""
     matched = ranking.num_matches.numpy() > 0
     precision = np.full(len(matched), np.nan)
@@ -66,21 +97,27 @@ def _precision(ranking: Ranking) -> np.ndarray:
     return precision
 
 
-def write_report(cfg: Config, split: Split, features: Tensor, ids: Ids, ranking: Ranking, maps: Maps | None) -> None:
-    """Write ranks.png and attention.png, then report.html; the rank lists are those of the ranking."""
-    output, num_query = Path(cfg.OUTPUT_DIR), len(split.query)
-    nearest = top_k(features[:num_query], features[num_query:], *ids, k=10, metric="euclidean")
-    distances, neighbours = (tensor.cpu() for tensor in nearest)
-    shown = 1 - distances / 2 if cfg.TEST.FEAT_NORM else distances.sqrt()  # the cosine at unit length, else a distance
-    lists = rank_lists(split.query, split.gallery, neighbours.numpy(), shown.numpy(), _precision(ranking))
-    _save(lists, output / RANK_LISTS)
-    if maps is not None:
-        _save(attention_sheet(shown_queries(ranking, split.query), maps), output / ATTENTION)
-    else:
-        (output / ATTENTION).unlink(missing_ok=True)  # of another model
-    draw_report(output, cfg)
+def shown_queries(
+    ranking: Ranking, split: Split, features: Tensor, ids: Ids
+) -> tuple[Sequence[Record], Sequence[Record]]:
+    """Return the queries that the report shows, and the match of each that is nearest to it."""
+    chosen = choose_queries(precision_of(ranking))
+    matches = [nearest_match(features, len(split.query), ids, i) for i in chosen]
+    return [split.query[i] for i in chosen], [split.gallery[j] for j in matches]
 
 
-def _save(picture: Image.Image, path: Path) -> None:
-    with atomic_write(path) as file:
-        picture.save(file, "PNG", optimize=True)
+def write_report(
+    cfg: Config, split: Split, ranking: Ranking, nearest: tuple[Tensor, Tensor], maps: Maps, *, quiet: bool
+) -> None:
+    """Write queries.json, add the confusions to metrics.json, then draw report.html.
+
+    `nearest` are squared distances and gallery indices of the images nearest to each query, (Q, k) each.
+    """
+    output, precision = Path(cfg.OUTPUT_DIR), precision_of(ranking)
+    distances, indices = nearest[0], nearest[1].numpy()
+    scores = (1 - distances / 2 if cfg.TEST.FEAT_NORM else distances.sqrt()).numpy()
+    shown = describe_queries(split, choose_queries(precision), precision, indices, scores, maps)
+    measure = "cosine" if cfg.TEST.FEAT_NORM else "distance"
+    write_json(output / QUERIES, {"measure": measure, "queries": shown})
+    _add(output, {"confusions": confusions(split, indices)})
+    draw_report(output, cfg, quiet=quiet)

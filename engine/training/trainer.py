@@ -20,7 +20,7 @@ from fusionreid.engine.distributed import parallel, peers
 from fusionreid.engine.distributed.agreement import check_shared
 from fusionreid.engine.distributed.global_batch import check_mining
 from fusionreid.engine.distributed.numerics import set_numerics
-from fusionreid.engine.evaluation.evaluator import check_cameras, evaluate, split_ids
+from fusionreid.engine.evaluation.evaluator import Report, check_cameras, evaluate, split_ids
 from fusionreid.engine.evaluation.extract import images_of
 from fusionreid.engine.evaluation.retrieval import check_matches
 from fusionreid.engine.monitoring import manifest, memory
@@ -45,13 +45,13 @@ LOGGED_RANKS = 1, 5, 10  # of the CMC of each evaluation
 
 
 class Trainer:
-    """One training run of this process and its peers, in cfg.OUTPUT_DIR.
+    """One training run of this process and its peers, in cfg.OUTPUT_DIR; all call `report` with each evaluation.
 
     Signals are not its business: `train` is given a `Stop`, which whoever owns the process makes.
     """
 
-    def __init__(self, cfg: Config, startup: Startup | None = None) -> None:
-        self.cfg, self.startup = cfg, startup or Startup()
+    def __init__(self, cfg: Config, startup: Startup | None = None, report: Report = lambda *_: None) -> None:
+        self.cfg, self.startup, self.report = cfg, startup or Startup(), report
         self.ranks = parallel.start(cfg.MODEL.DEVICE, required="DEVICE" in cfg.MODEL.model_fields_set)
         set_numerics(cfg.SOLVER.PRECISION, deterministic=cfg.PARALLEL.DETERMINISTIC)
         self.output = Path(cfg.OUTPUT_DIR)
@@ -152,7 +152,7 @@ class Trainer:
     def _open_logs(self, opened: ExitStack) -> None:
         """Open metrics, profiler and manifest of this start; the other ranks only count."""
         cfg, ranks = self.cfg, self.ranks
-        total_steps = self.loader.steps(1) * cfg.SOLVER.MAX_EPOCHS  # about: epochs differ by a few steps
+        total_steps = self.loader.total_steps(cfg.SOLVER.MAX_EPOCHS)
         if ranks.main:
             run, note = manifest.record(self.output, cfg, self.split, ranks.device, ranks.world_size, self.step)
             if note:
@@ -233,20 +233,20 @@ class Trainer:
     def _evaluate(self) -> None:
         """Evaluate the weights being saved; the best checkpoint is kept whatever comes."""
         parallel.equalise_statistics(self.model)
-        ema = self.train_step.ema
-        with memory.explained("evaluation", self.cfg), ema.applied() if ema else nullcontext():
-            ranking = evaluate(
+        with memory.explained("evaluation", self.cfg), ema.applied() if (ema := self.train_step.ema) else nullcontext():
+            result = evaluate(
                 self.model, self.split, self.test_images, self.split.cameras, self.cfg, self.ranks,
                 before_batch=self._leave_if_asked,
-            ).ranking  # fmt: skip
+            )  # fmt: skip
         parallel.reshard(self.model)
-        epoch, score = self.epoch - 1, ranking.mAP
+        epoch, ranking = self.epoch - 1, result.ranking
         self.metrics.event(f"epoch {epoch}: {ranking.summary()}")
         ranks = {f"rank{k}": ranking.cmc[k - 1].item() for k in LOGGED_RANKS}
-        self.metrics.log_evaluation(self.step, epoch, {"mAP": score, **ranks, "mINP": ranking.mINP})
+        self.metrics.log_evaluation(self.step, epoch, {"mAP": ranking.mAP, **ranks, "mINP": ranking.mINP})
         self._finish_writing(last=self._is_finished)
         if self.store is not None:
-            self.store.evaluated(self.step, score)
+            self.store.evaluated(self.step, ranking.mAP)
+        self.report(self.cfg, self.split, result, self.step, self.ranks)
         self.evaluation_due = False
 
     def _leave_if_asked(self) -> None:

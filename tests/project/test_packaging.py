@@ -83,12 +83,12 @@ def test_the_wheel_holds_one_package_whole(wheel: Path, sdist: Path, tmp_path: P
     assert {name.partition("/")[0] for name in names} == {"fusionreid", info}
     for room in ("engine", "kernels", "dataloading", "configs"):
         inside = {name.removeprefix(f"fusionreid/{room}/") for name in names if name.startswith(f"fusionreid/{room}/")}
-        assert inside == shipped(ROOT / room, ".py", ".yml", ".html"), room
+        assert inside == shipped(ROOT / room, ".py", ".yml", ".html", ".css"), room
     assert "fusionreid/py.typed" in names
     assert f"Version: {fusionreid.__version__}\n" in metadata
     assert "License-Expression: Apache-2.0\n" in metadata
     extras = [line.split()[1] for line in metadata.splitlines() if line.startswith("Provides-Extra")]
-    assert extras == ["dali", "export", "peers", "docs", "dev"]
+    assert extras == ["dali", "export", "peers", "report", "docs", "dev"]
     with ZipFile(build("wheel", sdist, tmp_path)) as archive:
         assert sorted(archive.namelist()) == sorted(names), "the source distribution, without links, builds the same"
 

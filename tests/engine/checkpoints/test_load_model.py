@@ -7,10 +7,10 @@ import torch
 
 from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.checkpoints.checkpoint import CheckpointError
-from fusionreid.engine.checkpoints.load_model import find_checkpoint
+from fusionreid.engine.checkpoints.load_model import find_checkpoint, restore_as_trained
 from fusionreid.engine.checkpoints.retention import Progress
 from fusionreid.engine.config import Config, load_config
-from tests.runs import arguments
+from tests.runs import arguments, untrained
 
 
 def asked(output: Path, weight: str) -> Config:
@@ -31,3 +31,13 @@ def test_newest_unless_the_best_or_another_is_asked_for(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere.pth"
     elsewhere.touch()
     assert find_checkpoint(asked(tmp_path, str(elsewhere))) == elsewhere
+
+
+@pytest.mark.parametrize("names", [["hall"], ["hall", 1], "ab", {"0": "hall", "1": "door"}])
+def test_names_that_are_not_those_of_the_cameras_are_refused(tmp_path: Path, names: object) -> None:
+    folder = untrained(tmp_path / "run", ("hall", "door")) / "checkpoints"
+    tensors, state = checkpoint.load(checkpoint.folder_of(folder, 1))
+    with pytest.raises(CheckpointError, match=r"step-00000002: camera_names .* are not those of 2 cameras"):
+        restore_as_trained(checkpoint.save(folder, 2, tensors, {**state, "camera_names": names}))
+    del state["camera_names"]  # as before they were kept
+    assert restore_as_trained(checkpoint.save(folder, 3, tensors, state))[0].camera_names == ("1", "2")

@@ -1,18 +1,19 @@
-"""Where the model looks: the attention of the last fusion, on the right branch's grid, lit in the right place."""
+"""Where the model looks: the attention of the last fusion, on the right branch's grid, and Grad-CAM of the CNN."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+import torch.nn.functional as F
 
 from fusionreid import FusionReID
-from fusionreid.dataloading import Record, read_split
+from fusionreid.dataloading import read_split
+from fusionreid.dataloading.loader import TestLoader
 from fusionreid.engine.checkpoints.load_model import build
 from fusionreid.engine.config import Config, load_config
 from fusionreid.engine.distributed import parallel
-from fusionreid.engine.reporting.attention import DARKEST, LABEL, attention_maps, attention_sheet
-from fusionreid.engine.reporting.rank_lists import GAP, MARGIN, THUMBNAIL
+from fusionreid.engine.reporting import attention
+from fusionreid.engine.reporting.attention import BY_CNN, BY_TRANSFORMER, GRAD_CAM, attention_maps, grad_cam
 from fusionreid.kernels import ClassStream, dual_cross_attention
 from fusionreid.kernels.reference import class_attention_weights
 from tests.runs import arguments
@@ -34,9 +35,11 @@ def test_maps_weigh_the_patches_of_the_last_fusion(tmp_path: Path, mode: int, sh
         unit.attn.q.weight.data.mul_(100)  # attention of a fresh model is flat
         unit.attn.register_forward_hook(lambda _, __, stream: streams.append(stream))
     maps = attention_maps(model, read_split(cfg.DATASETS).query[:4], (0, 1), cfg, parallel.start("cpu"))
-    assert maps is not None
-    assert [of_branch.shape for of_branch in maps] == [(4, 3, 1), (4, 2, 1)]
-    for of_branch, stream in zip(maps, streams, strict=True):
+    assert [(what, of_branch.shape) for what, of_branch in maps.items()] == [
+        (BY_CNN, (4, 3, 1)),
+        (BY_TRANSFORMER, (4, 2, 1)),
+    ]
+    for of_branch, stream in zip(maps.values(), streams, strict=True):
         weights = class_attention_weights(stream)
         values = (stream.tokens @ stream.value_weight.T).unflatten(2, stream.query.shape[1:])
         context = torch.einsum("bnh,bnhd->bhd", weights, values).flatten(1)
@@ -49,20 +52,30 @@ def test_maps_weigh_the_patches_of_the_last_fusion(tmp_path: Path, mode: int, sh
 def test_a_model_that_fuses_nothing_has_no_maps(tmp_path: Path, keys: dict[str, object]) -> None:
     cfg, model = made(tmp_path, **keys)
     records = read_split(cfg.DATASETS).query[:1]
-    assert attention_maps(model, records, (0, 1), cfg, parallel.start("cpu")) is None
+    assert attention_maps(model, records, (0, 1), cfg, parallel.start("cpu")) == {}
 
 
-def test_an_image_is_lit_where_it_is_attended_to(tmp_path: Path) -> None:
-    records = [Record(str(tmp_path / f"{i}.png"), i, 0) for i in range(2)]
-    for record in records:
-        Image.new("RGB", (64, 128), (200, 100, 50)).save(record.path)
-    top, bottom = torch.zeros(2, 4, 2), torch.zeros(2, 8, 2)
-    top[:, 0, 0], bottom[:, 7, 1] = 0.4, 0.02  # of one map each image's own largest value counts
-    sheet = attention_sheet(records, (top, bottom))
-    width, height = THUMBNAIL
-    for column in range(2):
-        for row, (bright, dark) in enumerate([((1, 1), (-2, -2)), ((1, 1), (-2, -2)), ((-2, -2), (1, 1))]):
-            left, upper = MARGIN + LABEL + column * (width + GAP), MARGIN + row * (height + GAP)
-            at = [sheet.getpixel((left + x % width, upper + y % height)) for x, y in (bright, dark)]
-            assert at[0] == (200, 100, 50)
-            assert at[1] == (tuple(round(DARKEST * v) for v in at[0]) if row else at[0])
+def test_grad_cam_weighs_the_map_by_its_mean_gradient(tmp_path: Path) -> None:
+    """Against autograd: weights are the mean gradient of the likeness, the map their positive sum."""
+    cfg, model = made(tmp_path)
+    split, ranks = read_split(cfg.DATASETS), parallel.start("cpu")
+    records, matches = split.query[:3], split.gallery[:3]
+    maps = grad_cam(model, records, matches, cfg, ranks)
+    (batch,) = TestLoader([*records, *matches], cfg.INPUT, cfg.DATALOADER, batch_size=6)
+    assert model.cnn is not None
+    feature_map = model.cnn(batch.images[:3])
+    likeness = F.cosine_similarity(model.cnn_pool(feature_map), model.cnn_pool(model.cnn(batch.images[3:])).detach())
+    (gradient,) = torch.autograd.grad(likeness.sum(), feature_map)
+    expected = (gradient.mean((2, 3), keepdim=True) * feature_map).sum(1).relu()
+    torch.testing.assert_close(maps[GRAD_CAM], expected.detach())
+    assert maps[GRAD_CAM].max() > 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_grad_cam_needs_a_cnn_and_captum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, model = made(tmp_path, MODEL__RES_USE="no")
+    records, ranks = read_split(cfg.DATASETS).query[:1], parallel.start("cpu")
+    assert grad_cam(model, records, records, cfg, ranks) == {}
+    cfg, model = made(tmp_path)
+    monkeypatch.setattr(attention, "find_spec", lambda name: None)
+    assert grad_cam(model, records, records, cfg, ranks) == {}

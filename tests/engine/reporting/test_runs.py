@@ -1,22 +1,25 @@
 """The report is drawn from what runs left, alone or compared, and damage to their files is named."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from fusionreid.engine.config import load_config
 from fusionreid.engine.report import main as report
 from fusionreid.engine.reporting.run_record import Result, read_log
-from fusionreid.engine.reporting.runs import differences, draw_report, names_of, results_table
+from fusionreid.engine.reporting.runs import differences, draw_report, duration, names_of
+from fusionreid.engine.reporting.sections import results_table
 from tests import ROOT
 from tests.runs import arguments
 
 RESULT = {"mAP": 0.5, "mINP": 0.25, "cmc": [0.75, 1.0], "valid_queries": 4}
+QUERY = {"kind": "best", "person": "Anna", "camera": "a door", "picture": "AAAA", "average_precision": 1.0}
+QUERY |= {"maps": {}, "found": []}
 SPLIT = {part: {"images": 1234, "persons": 7, "cameras": 2} for part in ("train", "query", "gallery")}
 EVIL = "<script>"
 
@@ -34,14 +37,23 @@ def leave(folder: Path, mean: float, layers: int, epochs: int = 2) -> Path:
 
 def test_report_is_drawn_again_without_a_model(tmp_path: Path) -> None:
     run = leave(tmp_path / "run", 0.625, 2)
-    Image.new("RGB", (8, 8)).save(run / "ranks.png")
+    (run / "queries.json").write_text(json.dumps({"measure": "cosine", "queries": [QUERY]}))
     assert report(arguments(tmp_path, run)) == 0
     page = (run / "report.html").read_text()
-    for shown in ("FusionReID</th>", "62.5", "1,234", "&lt;script&gt;", "Training loss", "HTM_LAYER", "Rank lists"):
+    for shown in (
+        "FusionReID</th>",
+        "62.5",
+        "1,234",
+        "&lt;script&gt;",
+        "Training loss",
+        "HTM_LAYER",
+        "worst queries",
+        "a door",
+    ):
         assert shown in page, shown
     assert EVIL not in page
     assert "Settings that differ" not in page
-    assert "Where each branch looks" not in page, "there is no such picture"
+    assert "Grad-CAM" not in page, "there is no such picture"
     assert page.count("<polyline") == 2 + 1 + 2, "two CMC curves, one loss, mAP and Rank-1"
 
 
@@ -89,7 +101,7 @@ def test_no_log_stops_the_report(tmp_path: Path, lines: bytes) -> None:
     (run / "metrics.jsonl").write_bytes(lines)
     draw_report(run, load_config("synthetic/tiny"))
     page = (run / "report.html").read_text()
-    assert "nan" not in page.partition("</nav>")[2].partition("Configuration</h2>")[0]
+    assert not re.search(r"\b(nan|inf)\b", page.partition("</nav>")[2].partition("Configuration</h2>")[0])
     assert page.count("<h2") >= 4
 
 
@@ -130,6 +142,7 @@ def test_an_evaluation_may_lack_results(tmp_path: Path, content: dict[str, Any])
         ("metrics.json", json.dumps({"results": {"a": RESULT | {"cmc": []}}}), "is damaged: results.a.cmc: List"),
         ("metrics.json", json.dumps({"results": {"a": RESULT | {"mAP": "1"}}}), "is damaged: results.a.mAP: Input"),
         ("metrics.json", json.dumps({"split": {"train": 3}}), "is damaged: split.train: Input should be"),
+        ("queries.json", json.dumps({"queries": [QUERY | {"picture": '"><b>'}]}), "is damaged: queries.0.picture: "),
         ("manifest.json", "{", "is damaged: Invalid JSON"),
         ("manifest.json", '{"config": 3}', "is damaged: config: Input should be"),
         ("manifest.json", "", "is damaged: Invalid JSON"),
@@ -158,13 +171,24 @@ def test_best_values_are_bold_where_there_are_others() -> None:
     two = Result.model_validate(RESULT | {"mAP": 0.8125, "mINP": None, "cmc": [0.5]})
     rows = results_table({"a": one, "b": two}).rows
     assert [[cell.text for cell in row] for row in rows] == [
-        ["a", "50.0", "n/a", "75.0", "100.0", "100.0", "4"],
-        ["b", "81.2", "n/a", "50.0", "50.0", "50.0", "4"],
+        ["a", "50.0", "n/a", "75.0", "100.0", "100.0", "n/a", "4", "0"],
+        ["b", "81.2", "n/a", "50.0", "50.0", "50.0", "n/a", "4", "0"],
     ]
     assert [[cell.best for cell in row] for row in rows] == [
-        [False, False, False, True, True, True, False],
-        [False, True, False, False, False, False, False],
+        [False, False, False, True, True, True, False, False, False],
+        [False, True, False, False, False, False, False, False, False],
     ]
+
+
+def test_the_duration_leaves_out_the_pauses_between_starts(tmp_path: Path) -> None:
+    run = leave(tmp_path / "run", 0.5, 2)
+    seconds = [10, 60, None, 70, 5, 3600]  # the second start begins at 5
+    lines = [{"epoch": 1, "loss": 1, "seconds": value} for value in seconds]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    draw_report(run, load_config("synthetic/tiny"))
+    assert "<dd>1 epoch in 1 h 1 min</dd>" in (run / "report.html").read_text()
+    texts = [duration(seconds) for seconds in (0.2, 59, 61, 7300, 200_000)]
+    assert texts == ["0 s", "59 s", "1 min 1 s", "2 h 1 min", "2 d 7 h"]
 
 
 def test_names_tell_folders_apart() -> None:

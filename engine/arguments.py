@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
@@ -134,6 +135,21 @@ def fill(parser: Parser, command: Command) -> None:
 def path(text: str) -> Path:
     """A path as people type it."""
     return Path(text).expanduser()
+
+
+def place(text: str) -> str:
+    """A path as people type it, or the URI of object storage, as in s3://bucket/crops."""
+    return text if "://" in text else str(path(text))
+
+
+def time(text: str) -> datetime:
+    """A time as people type it, in the zone of this machine if it names none."""
+    try:
+        return datetime.fromisoformat(text).astimezone()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be a time, as in 2026-03-01 or 2026-03-01T18:30+01:00, got {text}"
+        ) from error
 
 
 def file_to_write(text: str) -> Path:

@@ -44,7 +44,7 @@ def judge(made: World, tally: Tally, path: Path, reader: str, how: Damage, what:
 
 def test_every_file_of_a_run_is_known_to_be_read_or_not(made: World) -> None:
     """What no command reads cannot mislead one: the others are listed here, so that a new kind is thought of."""
-    unread = {"exit.json", "log.txt", "report.html", "attention.png", "ranks.png", "bad_images.json", "config.yml"}
+    unread = {"exit.json", "log.txt", "report.html", "bad_images.json", "config.yml"}
     for path in made.folder.rglob("*"):
         inside = path.relative_to(made.folder)
         if path.is_file() and inside not in made.opened and not world.UNREAD.fullmatch(f"/{inside}"):

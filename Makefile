@@ -20,7 +20,7 @@ sanitize: .venv/installed  ## every Triton kernel as compiled for sm_90, execute
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/sanitize -m sanitize --numprocesses 2
 
 sweep: .venv/installed  ## thousands of random sequences and injected faults; up to an hour
-	$(BIN)/python -m pytest -m sweep
+	$(BIN)/python -m pytest -m sweep --promises --numprocesses 2 --dist worksteal
 
 docs: .venv/installed  ## the manual, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

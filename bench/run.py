@@ -1,4 +1,4 @@
-"""Run the benchmarks: `python bench/run.py --suite attention|triplet|evaluation|loader|step|all`.
+"""Run the benchmarks: `python bench/run.py --suite attention|triplet|evaluation|loader|step|gallery|all`.
 
 Prints one table per suite. --record keeps the numbers beside the digest of the sources they belong to, --report shows
 all that were kept and which of them are stale.
@@ -25,7 +25,7 @@ from bench.ceilings import Ceilings, measure_ceilings
 from bench.machine import ROOT, machine
 from bench.timing import Case, Measurement, Settings, Work, WrongResultError, measure
 
-SUITES = ("attention", "triplet", "evaluation", "loader", "step")
+SUITES = ("attention", "triplet", "evaluation", "loader", "step", "gallery")
 RESULTS = ROOT / "bench/results"
 SECONDS_PER_CASE = 8.0
 H200 = Ceilings(bytes_per_s=4.3e12, operations_per_s=790e12)

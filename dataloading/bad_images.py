@@ -5,17 +5,18 @@ another image of the same person replaces it, at the same position, so that the 
 gallery lose the image.
 """
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from fusionreid.dataloading.dataset_warnings import dataset_warnings
 from fusionreid.dataloading.image_files import read_file
-from fusionreid.dataloading.index import inspect_file, mark_bad, reason, scan
+from fusionreid.dataloading.index import Entry, inspect_file, mark_bad, reason, scan
 from fusionreid.dataloading.records import PARTS, DataError, Record, Split, printable
 from fusionreid.files import locked, write_json
 
@@ -25,6 +26,7 @@ NAMED = 20  # in a message
 
 log = logging.getLogger(__name__)
 Line = tuple[str, str, str, Record | None]  # part, path, reason, replacement
+LINES = TypeAdapter(list[dict[str, str | None]])  # of the list on the disk
 
 
 @dataclass
@@ -36,6 +38,7 @@ class BadImages:
     main: bool = True
     total: int = 0  # files checked
     root: str = ""  # of the data set, once checked
+    entries: Mapping[str, Entry] = field(default_factory=dict)  # of the files checked
 
     def check(self, split: Split, parts: Sequence[str] = PARTS, decode: Callable[[str], object] | None = None) -> Split:
         """Return the split without the files that cannot be used. DataError: the rule forbids to go on without them.
@@ -44,7 +47,7 @@ class BadImages:
         are replaced or left out. `decode` as for `scan`.
         """
         records: dict[str, tuple[Record, ...]] = {part: getattr(split, part) for part in PARTS}
-        entries = scan(split.root, [record.path for part in PARTS for record in records[part]], decode)
+        self.entries = entries = scan(split.root, [r.path for part in PARTS for r in records[part]], decode)
         faults = {path: entry.fault for path, entry in entries.items() if entry.fault}
         self.root, self.total = split.root, len(entries)
         goes_on = self.on_bad == "skip" and len(faults) <= self._tolerated
@@ -138,9 +141,9 @@ class BadImages:
         with locked(self.folder / f".{FILE}.lock"):  # every rank may have something to add
             if more:
                 with suppress(OSError, ValueError):
-                    named = json.loads(read_file(str(self.folder / FILE))) + named
+                    named = LINES.validate_json(read_file(str(self.folder / FILE))) + named
             write_json(self.folder / FILE, named)
-        return len({line["path"] for line in named})
+        return len({line.get("path") for line in named})
 
 
 def replacement_candidates(records: Sequence[Record], position: int) -> list[int]:

@@ -17,7 +17,8 @@ import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from torch import Tensor
 
-from fusionreid.dataloading.decode import BATCHES_AHEAD, Filter
+from fusionreid.dataloading.decode import Filter
+from fusionreid.dataloading.shared_memory import BATCHES_AHEAD
 from fusionreid.kernels import augment
 
 FILTERS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}

@@ -55,7 +55,7 @@ def _within(
     equal = []
     for path in person:
         other = first.setdefault(entries[path].fingerprint, path)
-        if other != path and _same_bytes(other, path):
+        if other != path and is_same_file(other, path):
             equal.append((other, path))
     if two := [pair for pair in equal if person[pair[0]] != person[pair[1]]]:
         told = ((f"{printable(p)} ({names.get(person[p], person[p])})" for p in pair) for pair in two)
@@ -71,10 +71,11 @@ def duplicates(entries: Mapping[str, Entry], some: Iterable[str], others: Iterab
     """Return the pairs of a path of `some` and one of `others` that hold the same bytes."""
     by_fingerprint = {entries[path].fingerprint: path for path in some}
     pairs = ((by_fingerprint.get(entries[path].fingerprint), path) for path in others)
-    return [(one, other) for one, other in pairs if one is not None and _same_bytes(one, other)]
+    return [(one, other) for one, other in pairs if one is not None and is_same_file(one, other)]
 
 
-def _same_bytes(one: str, other: str) -> bool:
+def is_same_file(one: str, other: str) -> bool:
+    """Tell whether two files hold the same bytes, or are one."""
     try:
         if os.path.samefile(one, other):
             return True

@@ -17,7 +17,6 @@ from fusionreid.dataloading.records import DataError, printable
 Filter = Literal["bicubic", "bilinear"]
 BICUBIC: Filter = "bicubic"  # training
 BILINEAR: Filter = "bilinear"  # test
-BATCHES_AHEAD = 2  # decoded in advance: by each worker process, or by DALI
 GREY = 128  # what is left of a JPEG where data are missing
 MORE = bytes(range(1, 128)) * 8
 RUN_BYTES = 1 << 18  # of pixels resized together: one by one takes a sixth longer (one core, 128 x 64 to 256 x 128)
@@ -31,7 +30,7 @@ def decode(path: str, size: tuple[int, int], resize: Filter) -> Tensor:
 def read_pixels(path: str) -> Tensor:
     """Decode to (h, w, 3) uint8 in the file's own size. DataError: it cannot be read."""
     try:
-        return _decode(read_file(path))
+        return pixels_in(read_file(path))
     except Exception as error:  # decoders raise whatever a broken file leads them to
         raise DataError(f"cannot read the image {printable(path)}: {error}") from error
 
@@ -41,8 +40,8 @@ def _resize(images: Tensor, size: tuple[int, int], resize: Filter) -> Tensor:
     return interpolate(images.permute(0, 3, 1, 2), size, mode=resize, antialias=True).permute(0, 2, 3, 1)
 
 
-def _decode(data: bytes) -> Tensor:
-    """Decode to (H, W, 3) uint8 in the file's own size."""
+def pixels_in(data: bytes) -> Tensor:
+    """Decode the content of a file to (h, w, 3) uint8 in its own size; it raises whatever a decoder does."""
     image = open_image(data)
     if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
         pixels = _decode_jpeg(data)

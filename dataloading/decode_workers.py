@@ -7,7 +7,6 @@ main process can finish its step; it ends them, or they end when it dies.
 import atexit
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 import weakref
@@ -15,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,30 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_convert
 
-from fusionreid.dataloading.decode import BATCHES_AHEAD, Filter, decode_batch  # takes seconds to import, once
+from fusionreid.dataloading.decode import Filter, decode_batch  # takes seconds to import, once
 from fusionreid.dataloading.records import DataError
-from fusionreid.errors import ReIDError
-
-SHARED = Path("/dev/shm")
-
-
-class NoRoomForBatchesError(ReIDError, ValueError):
-    """Shared memory has no room for the batches that decode workers pass on through it."""
-
-    exit_code = 6
-
-
-def check_shared_memory(num_workers: int, batch_bytes: int, num_batches: int | None = None) -> str:
-    """Say what the workers need and what there is. NoRoomForBatchesError: with too little they would die or hang."""
-    ahead = num_workers * BATCHES_AHEAD
-    needed = batch_bytes * (ahead if num_batches is None else min(ahead, num_batches))
-    if not needed or not SHARED.is_dir():
-        return "decoding needs no shared memory"
-    free = shutil.disk_usage(SHARED).free
-    text = f"{free * 1e-9:.2f} GB free in {SHARED}, {num_workers} decode workers need {needed * 1e-9:.2f} GB"
-    if free < needed:
-        raise NoRoomForBatchesError(f"{text}: enlarge it (docker run --shm-size), or set DATALOADER.NUM_WORKERS lower")
-    return text
+from fusionreid.dataloading.shared_memory import BATCHES_AHEAD, check_shared_memory
 
 
 class _Files(Dataset[Tensor]):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
+from pydantic import TypeAdapter
 
 from fusionreid.dataloading.image_files import open_file, open_image, read_file
 from fusionreid.files import atomic_write
@@ -39,6 +40,9 @@ class Entry(NamedTuple):
     fingerprint: str = ""  # of size, first and last bytes
     fault: str = ""
     lasting: bool = True  # while size and time stay the same; what a disk says may pass
+
+
+ENTRIES = TypeAdapter(dict[str, Entry])
 
 
 def scan(root: str, paths: Iterable[str], decode: Callable[[str], object] | None = None) -> dict[str, Entry]:
@@ -212,8 +216,8 @@ def _load(file: Path) -> dict[str, Entry]:
     try:
         digest, _, text = read_file(str(file)).partition(b"\n")
         if digest == _digest(text):
-            return {path: Entry(*values) for path, values in json.loads(text).items()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            return ENTRIES.validate_json(text)
+    except (OSError, ValueError):
         pass
     return {}
 

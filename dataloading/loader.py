@@ -12,7 +12,7 @@ from fusionreid.dataloading.bad_images import BadImages
 from fusionreid.dataloading.config import DataloaderConfig, InputConfig
 from fusionreid.dataloading.decode import BICUBIC, BILINEAR
 from fusionreid.dataloading.image_source import ImageSet
-from fusionreid.dataloading.plan import EpochPlan, epoch_plan
+from fusionreid.dataloading.plan import EpochPlan, epoch_plan, total_steps
 from fusionreid.dataloading.records import Record, Split, check_batch
 from fusionreid.kernels.augmentation import augment, erase_rectangles, normalize
 
@@ -88,6 +88,13 @@ class TrainLoader:
     def steps(self, epoch: int) -> int:
         """Return the number of batches of an epoch."""
         return self.plan(epoch).num_steps
+
+    def total_steps(self, epochs: int) -> int:
+        """Return the number of batches of the first epochs, exact unless there are very many."""
+        persons = self.batch_size // self.instances
+        return total_steps(
+            self._labels, persons_per_batch=persons, instances=self.instances, seed=self.seed, epochs=epochs
+        )
 
     def paths(self, epoch: int, step: int) -> list[str]:
         """Return the images of a step, those of all ranks."""

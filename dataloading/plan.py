@@ -5,7 +5,7 @@ fewer than K in all: K drawn with replacement). Each batch takes the next group 
 groups left, until fewer than P have. Source: Hermans et al., arXiv:1703.07737; Luo et al., arXiv:1903.07071.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from fusionreid.dataloading.records import DataError
 from fusionreid.kernels.philox import AUGMENTATION, SAMPLING, Words, below, philox, uniform
 
+COUNTED = 200_000  # groups of images, to know how many steps a training takes
 SHUFFLE, REPLACEMENT, PERSONS = range(3)  # what a sampling counter's third word says the bits are for
 ERASED_AREA = (0.02, 1 / 3)  # of the image
 ERASED_ASPECT = (0.3, 1 / 0.3)  # height over width, log-uniform
@@ -96,13 +97,21 @@ def _sample(labels: np.ndarray, persons_per_batch: int, instances: int, key: tup
             f"persons for {len(counts)} labels"
         )
     groups, first_group = _groups(labels, counts, instances, key)
-    left = np.maximum(counts // instances, 1)
-    steps = len(groups) // persons_per_batch  # never more
-    step, place = torch.arange(steps)[:, None], torch.arange(persons_per_batch)
-    random_words = philox(key, (step, place, PERSONS, SAMPLING))[0].tolist()
+    taken = [0] * len(counts)
     chosen: list[int] = []  # groups
-    ready, taken = list(range(len(counts))), [0] * len(counts)
-    for words in random_words:
+    for batch in _persons_of_batches(np.maximum(counts // instances, 1), persons_per_batch, key):
+        for person in batch:
+            chosen.append(first_group[person] + taken[person])
+            taken[person] += 1
+    return groups[chosen].reshape(-1)
+
+
+def _persons_of_batches(num_groups: np.ndarray, persons_per_batch: int, key: tuple[int, int]) -> Iterator[list[int]]:
+    """Yield the persons of every batch, drawn from those with groups left; `num_groups` is how many each has."""
+    steps = int(num_groups.sum()) // persons_per_batch  # never more
+    step, place = torch.arange(steps)[:, None], torch.arange(persons_per_batch)
+    ready, left = list(range(len(num_groups))), num_groups.tolist()
+    for words in philox(key, (step, place, PERSONS, SAMPLING))[0].tolist():
         if len(ready) < persons_per_batch:
             break
         for place, bits in enumerate(words, 1):  # P of the persons ready, drawn to the end of the list
@@ -111,11 +120,25 @@ def _sample(labels: np.ndarray, persons_per_batch: int, instances: int, key: tup
             ready[pick], ready[-place] = ready[-place], ready[pick]
         batch = ready[-persons_per_batch:]
         del ready[-persons_per_batch:]
+        yield batch
         for person in batch:
-            chosen.append(first_group[person] + taken[person])
-            taken[person] += 1
-        ready += [person for person in batch if taken[person] < left[person]]
-    return groups[chosen].reshape(-1)
+            left[person] -= 1
+        ready += [person for person in batch if left[person]]
+
+
+def total_steps(
+    labels: Sequence[int] | np.ndarray, *, persons_per_batch: int, instances: int, seed: int, epochs: int
+) -> int:
+    """Count the steps of epochs 1, 2, ...; of many large ones by the mean of the first.
+
+    Epochs differ: in a small set by a good part of their steps.
+    """
+    num_groups = np.maximum(np.bincount(np.asarray(labels, np.int64)) // instances, 1)
+    counted = min(epochs, max(1, COUNTED // int(num_groups.sum())))
+    steps = sum(
+        1 for epoch in range(1, counted + 1) for _ in _persons_of_batches(num_groups, persons_per_batch, (seed, epoch))
+    )
+    return round(steps * epochs / counted)
 
 
 def _groups(

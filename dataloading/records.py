@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -11,7 +11,7 @@ from fusionreid.errors import ReIDError
 
 PARTS = ("train", "query", "gallery")
 LeftOut = dict[str, list[str]]  # reason -> paths
-JUNK, HIDDEN = "junk: person -1", "hidden, or a system's metadata"  # left out of every data set
+JUNK, HIDDEN = "junk: person -1", "hidden, or a system's metadata"  # left out of every data set without a warning
 
 
 class DataError(ReIDError, ValueError):
@@ -97,7 +97,7 @@ class Split:
     @property
     def verdict(self) -> Literal["ok", "warning"]:
         """Tell whether the owner should look at the warnings or at what was left out."""
-        return "warning" if self.warnings or self.left_out.keys() - {JUNK, HIDDEN} else "ok"
+        return "warning" if self.warnings or is_worth_a_warning(self.left_out) else "ok"
 
     def describe(self) -> str:
         """Table of images, persons and cameras per part, then the files left out by reason."""
@@ -111,6 +111,11 @@ class Split:
             lines.append(f"{self.found:,} image files found, {self.used:,} used; left out:")
             lines += [f"  {len(p):,}: {reason}, such as {printable(p[0])}" for reason, p in self.left_out.items()]
         return "\n".join(lines)
+
+
+def is_worth_a_warning(left_out: Collection[str]) -> bool:
+    """Tell whether there is a reason for leaving images out that their owner may not expect."""
+    return bool({*left_out} - {JUNK, HIDDEN})
 
 
 def printable(path: str | os.PathLike[str]) -> str:

@@ -1,11 +1,13 @@
 """Command lines: what a command is, its parser and help, and what to write instead of an option that it lacks."""
 
 import argparse
+import os
 import platform
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +38,7 @@ class Command:
     options: Callable[[argparse.ArgumentParser], None] = lambda _: None
     needs_config: bool = True
     takes_data: bool = False  # own data by their path, in place of a configuration
+    examines: bool = False  # these data: `work` gets them as they were read, as `own`
     ending: Callable[..., Ending] = lambda cfg, **options: Ending()  # called as `work` is, after it
     interrupted: str = ""  # what to do after a stop
 
@@ -120,7 +123,7 @@ def fill(parser: Parser, command: Command) -> None:
         what = "your own images, a folder or a list in any layout, as in crops/; persons are split, settings fitted"
         source.add_argument("--data", type=path, metavar="PATH", help=what)
         name = "name of the run on --data, whose folder is log/RUN; as in shop (default: that of PATH)"
-        parser.add_argument("--name", metavar="RUN", help=name)
+        parser.add_argument("--name", type=_folder_name, metavar="RUN", help=name)
     else:
         parser.add_argument("--config_file", required=command.needs_config, metavar="FILE", help=file)
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and exit")
@@ -132,6 +135,38 @@ def fill(parser: Parser, command: Command) -> None:
 def path(text: str) -> Path:
     """A path as people type it."""
     return Path(text).expanduser()
+
+
+def place(text: str) -> str:
+    """A path as people type it, or the URI of object storage, as in s3://bucket/crops."""
+    return text if "://" in text else str(path(text))
+
+
+def time(text: str) -> datetime:
+    """A time as people type it, in the zone of this machine if it names none."""
+    try:
+        return datetime.fromisoformat(text).astimezone()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be a time, as in 2026-03-01 or 2026-03-01T18:30+01:00, got {text}"
+        ) from error
+
+
+def file_to_write(text: str) -> Path:
+    """A file that can be written, as people type it."""
+    file = path(text)
+    if file.is_dir() or not os.access(file.absolute().parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: name a file in a folder that is there")
+    return file
+
+
+def _folder_name(text: str) -> str:
+    """The name of one folder."""
+    if text in ("", ".", "..") or "/" in text or "\0" in text:
+        raise argparse.ArgumentTypeError(
+            f"must be the name of a folder in log, got {text!r}; OUTPUT_DIR sets another place"
+        )
+    return text
 
 
 def command_line(name: str) -> str:

@@ -9,7 +9,7 @@ from importlib import import_module
 from fusionreid.engine import command, completion
 from fusionreid.engine.arguments import VERSION, Command, Parser, fill
 
-COMMANDS = "train", "evaluate", "embed", "search", "export", "report", "doctor"
+COMMANDS = "train", "evaluate", "embed", "search", "gallery", "export", "report", "doctor"
 MEANT = {  # what other programs call it
     "test": "evaluate", "eval": "evaluate", "val": "evaluate", "resume": "train", "fit": "train", "extract": "embed",
     "predict": "embed", "infer": "embed", "inference": "embed", "query": "search", "find": "search",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fusionreid.engine.config import Config
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+PLACE_ERRORS = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EIO)
 EXIT = "exit.json"
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -153,10 +154,12 @@ def _attempt(command: Command, options: dict[str, Any], outcome: Outcome, file: 
         if (data := options.pop("data", None)) is not None:
             from fusionreid.engine import own_run
 
-            folder = own_run.folder_of(data, options["name"])
-            account = options.get("json")
-            given["config_file"] = str(own_run.prepare(data, folder, account=account, quiet=RANK > 0))
-            options |= {"json": None} if account else {}  # written, and says more than the list does
+            folder = own_run.folder_of(data, options["name"], given["overrides"])
+            run = own_run.prepare(
+                data, folder, given["overrides"], examine=command.examines, account=options.get("json"), quiet=RANK > 0
+            )
+            given["config_file"] = str(run.settings)
+            options |= {"own": run.own} if command.examines else {}
         options.pop("name", None)
         cfg = load_config(given["config_file"] or os.devnull, given["overrides"])
         if options.pop("print_config"):
@@ -214,6 +217,8 @@ def _explain(error: BaseException, cfg: "Config | None") -> tuple[int, str]:
         return 6, memory.advice(error, cfg)
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return 4, f"{error}: make room or set another OUTPUT_DIR"
+    if isinstance(error, OSError) and error.errno in PLACE_ERRORS and error.filename is not None:
+        return 4, f"{error}: remove what is in its place, or set another OUTPUT_DIR"
     return 1, f"{type(error).__name__}: {error}"
 
 

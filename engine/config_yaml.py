@@ -37,6 +37,9 @@ RULES = {  # the types of pydantic's errors, in the words of a configuration
 }
 
 
+EXACT = 2**53  # below it a float tells whole numbers apart
+
+
 class Setting(NamedTuple):
     """A value and the place where it was set."""
 
@@ -55,6 +58,8 @@ def plain(text: str) -> Any:
         return text
     if isinstance(value, list):
         return tuple(value)
+    if isinstance(value, float) and "e" in text.lower() and value.is_integer() and abs(value) < EXACT:
+        return int(value)  # 1e2 epochs are a whole number of them
     return value if isinstance(value, (int, float, str, tuple)) else text
 
 

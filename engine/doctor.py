@@ -16,6 +16,7 @@ from fusionreid.engine import arguments, command
 from fusionreid.engine.arguments import Command, Ending
 
 if TYPE_CHECKING:
+    from fusionreid.dataloading.own_data import OwnData
     from fusionreid.engine.config import Config
 
 
@@ -24,29 +25,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command.run(COMMAND, argv)
 
 
-def doctor(cfg: "Config", *, decode: bool, json: Path | None = None) -> None:
-    """Check everything that a training needs."""
-    from fusionreid.engine.preflight import examine, write_account
+def doctor(
+    cfg: "Config", *, decode: bool, json: Path | None, write_clean: Path | None, own: "OwnData | None" = None
+) -> None:
+    """Check everything that a training needs; `own` are the data of --data as they were read."""
+    from fusionreid.engine.preflight import examine
 
-    if json:
-        write_account(cfg, json)
-    examine(cfg, decode=decode)
+    examine(cfg, decode=decode, own=own, account=json, clean=write_clean)
 
 
 def options(parser: ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("--decode", action="store_true", help="also decode every image file whole, in parallel")
     what = "also write what was found, used and left out to a file, as in account.json"
-    parser.add_argument("--json", type=arguments.path, metavar="FILE", help=what)
+    parser.add_argument("--json", type=arguments.file_to_write, metavar="FILE", help=what)
+    what = "also write the list of what is used and sound, for train --data, as in clean.csv"
+    parser.add_argument("--write-clean", type=arguments.file_to_write, metavar="FILE", help=what)
 
 
 COMMAND = Command(
     doctor,
     "check data, weights, disk and memory before training",
     "Check what a training needs, piece by piece, and name everything that would stop it.",
-    ["--config_file my.yml --decode", "--data crops --json account.json"],
+    ["--config_file my.yml --decode", "--data crops --json account.json --write-clean clean.csv"],
     options,
     takes_data=True,
+    examines=True,
     ending=lambda _cfg, **_: Ending(following="train"),
 )
 

@@ -36,7 +36,7 @@ Cameras = str | Sequence[str | None] | None  # one name for all images, or one p
 class Embedder:
     """Turns images of persons into vectors of unit length: the larger their inner product, the more alike.
 
-    `source` is the folder of a run (`log/own`: its newest checkpoint), a checkpoint, or a configuration file. `device`
+    `source` is the folder of a run (`log/own`: its newest checkpoint), a checkpoint, or a configuration. `device`
     is cuda or cpu, by default the GPU if there is one. `batch` images are computed at once. Nothing is compiled, since
     every call may bring another number of images; on a CPU the vectors are those of `fusionreid embed` to the last bit
     wherever as many images are computed at once.
@@ -44,10 +44,12 @@ class Embedder:
     Raises ReIDError: there is no checkpoint, it does not fit, or the device is not there.
     """
 
-    def __init__(self, source: str | PathLike[str], *, device: str | torch.device | None = None, batch: int = 64):
+    def __init__(
+        self, source: str | PathLike[str] | Config, *, device: str | torch.device | None = None, batch: int = 64
+    ):
         if batch < 1:
             raise DataError(f"batch must be 1 or more, got {batch}")
-        trained, cfg = _load(Path(source).expanduser())
+        trained, cfg = _load(source)
         self.device, self.batch = _device(device, cfg), batch
         test = cfg.TEST.model_copy(update={"FEAT_NORM": True})
         self._cfg = cfg.model_copy(update={"TEST": test})
@@ -83,8 +85,10 @@ class Embedder:
 
     @cached_property
     def model_digest(self) -> str:
-        """BLAKE2b of the weights, by name; vectors of another digest are not to be compared with these."""
-        digest = hashlib.blake2b(digest_size=16)
+        """BLAKE2b of the weights and of the settings that decide a vector; those of two digests cannot be compared."""
+        test, given = self._cfg.TEST, self._cfg.INPUT
+        settings = test.NECK_FEAT, test.FEAT, test.FLIP, given.SIZE_TEST, given.PIXEL_MEAN, given.PIXEL_STD
+        digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
         for name, tensor in sorted(self._model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -130,8 +134,11 @@ class Embedder:
         return self._known[self.cameras.index(camera)]
 
 
-def _load(source: Path) -> tuple[Trained, Config]:
+def _load(source: str | PathLike[str] | Config) -> tuple[Trained, Config]:
     """Read the trained model of a run, a checkpoint or a configuration, and the settings to embed with."""
+    if isinstance(source, Config):
+        return restore(find_checkpoint(source), source), source
+    source = Path(source).expanduser()
     if source.name == MODEL:
         source = source.parent
     if source.is_dir():

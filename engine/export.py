@@ -27,20 +27,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command.run(COMMAND, argv)
 
 
-def export(cfg: "Config", *, output: Path) -> None:
+def export(cfg: "Config", *, output: Path, precision: str) -> None:
     """Write the model as one file that runs without this project."""
     from fusionreid.engine.exporter import export_model
 
-    export_model(cfg, output)
+    export_model(cfg, output, precision)
 
 
 def options(parser: ArgumentParser) -> None:
     """Add the options of the command."""
     which = "the file to write: model.onnx for ONNX Runtime and others, model.pt2 for torch.export.load"
     parser.add_argument("--output", required=True, type=arguments.path, metavar="FILE", help=which)
+    what = "fp16 or int8 in ONNX; the loss of accuracy is measured on the test set and told (default: fp32)"
+    parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32", help=what)
 
 
-def ending(_cfg: "Config", *, output: Path) -> Ending:
+def ending(_cfg: "Config", *, output: Path, **_: object) -> Ending:
     """Say what was written and what usually comes next."""
     runner = "onnxruntime.InferenceSession" if output.suffix == ".onnx" else "torch.export.load"
     return Ending([output, f"{output}.json"], f"load it with {runner}; the .json beside it lists inputs and outputs")
@@ -51,7 +53,7 @@ COMMAND = Command(
     "write a model as one ONNX or torch.export file",
     "Write the newest checkpoint in OUTPUT_DIR, or TEST.WEIGHT, as one file that runs without this code.\n"
     "It is checked against the model on three batches and deleted if they differ.",
-    ["--config_file my.yml --output model.onnx"],
+    ["--config_file my.yml --output model.onnx", "--config_file my.yml --output small.onnx --precision int8"],
     options,
     ending=ending,
 )

@@ -14,13 +14,14 @@ import torch
 
 from fusionreid import FusionReID
 from fusionreid.dataloading import DataError, Split, read_split
-from fusionreid.dataloading.account import account_as_json, refusal_as_json
+from fusionreid.dataloading.account import account_as_json, refusal_as_json, write_clean
 from fusionreid.dataloading.bad_images import BadImages
 from fusionreid.dataloading.cache import free_host_memory
 from fusionreid.dataloading.dataset_warnings import few_persons
 from fusionreid.dataloading.decode import BICUBIC, decode
-from fusionreid.dataloading.decode_workers import check_shared_memory
+from fusionreid.dataloading.own_data import OwnData
 from fusionreid.dataloading.records import check_batch, printable, scarce_persons
+from fusionreid.dataloading.shared_memory import check_shared_memory
 from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.checkpoints.compare import compare
 from fusionreid.engine.checkpoints.load_model import build, find_checkpoint, restore
@@ -37,6 +38,7 @@ OPTIONAL = ("nvidia-dali-cuda130",)
 CHECKPOINTS = 3  # on disk at once: two are kept beside the one being written
 STATES = {"SGD": 1, "AdamW": 2, "Adam": 2}  # numbers an optimiser keeps for a weight
 NAME, VERDICT = 15, 9  # columns of the table
+DATA_ROWS = "own data", "data set", "image files", "batches", "test"
 
 T = TypeVar("T")
 
@@ -54,6 +56,7 @@ class Table:
 
     def __init__(self) -> None:
         self.wrong: dict[str, int] = {}  # name of a row -> exit code
+        self.told: dict[str, str] = {}  # name of such a row -> its text
 
     def row(self, name: str, work: Callable[[], tuple[str, T]]) -> T | None:
         """Print the row of a check; its finding, or None where it met what would stop a training."""
@@ -66,7 +69,7 @@ class Table:
             if code is None:
                 raise  # our mistake
             self._print(name, "WRONG", str(error))
-            self.wrong[name] = code
+            self.wrong[name], self.told[name] = code, str(error)
             return None
 
     def _print(self, name: str, verdict: str, text: str) -> None:
@@ -76,17 +79,37 @@ class Table:
             print(f"{'':{NAME + VERDICT}}{line}", flush=True)
 
 
-def examine(cfg: Config, *, decode: bool = False) -> None:
-    """Print the table of the configuration; raise `Unfit` at its end if anything in it is wrong."""
-    table = Table()
+def examine(
+    cfg: Config,
+    *,
+    decode: bool = False,
+    own: OwnData | None = None,
+    account: Path | None = None,
+    clean: Path | None = None,
+) -> None:
+    """Print the table of the configuration; raise `Unfit` at its end if anything in it is wrong.
+
+    `own` are the data of `--data` as they were read. `account` and `clean` are files to write: the account of the data
+    as JSON, and the list of what is used and sound.
+    """
+    table, rule = Table(), BadImages(cfg.DATASETS.ON_BAD, Path(cfg.OUTPUT_DIR))
     table.row("versions", _versions)
     table.row("device", lambda: _device(cfg))
+    if own is not None:
+        table.row("own data", lambda: _own_data(own))
     split = table.row("data set", lambda: _data_set(cfg))
     if split is not None:
         found: Split = split
-        split = table.row("image files", lambda: _image_files(cfg, found, decode)) or found
+        split = table.row("image files", lambda: _image_files(cfg, rule, found, decode)) or found
         table.row("batches", lambda: _batches(cfg, found))
         table.row("test", lambda: _test(cfg, found))
+    wrong = [line for name in DATA_ROWS for line in table.told.get(name, "").splitlines()]
+    whole, divided = (own.split, own.divided) if own else (split, False)
+    if account:
+        refused = refusal_as_json(cfg.DATASETS, DataError("\n".join(wrong)))
+        write_json(account, account_as_json(whole, rule.entries, wrong) if whole else refused)
+    if clean and whole:
+        table.row("clean list", lambda: (write_clean(whole, clean, rule.entries, with_parts=not divided), None))
     model = table.row("weights", lambda: _weights(cfg, split))
     table.row("checkpoint", lambda: _checkpoint(cfg, model))
     table.row("disk", lambda: _disk(cfg, model.num_parameters if model else 0))
@@ -95,13 +118,12 @@ def examine(cfg: Config, *, decode: bool = False) -> None:
         raise Unfit(f"a training would stop at: {', '.join(table.wrong)}", next(iter(table.wrong.values())))
 
 
-def write_account(cfg: Config, file: Path) -> None:
-    """Write what was found, used and left out of the data set of a configuration as JSON, also if it cannot be used."""
-    try:
-        account = account_as_json(read_split(cfg.DATASETS))
-    except DataError as error:
-        account = refusal_as_json(cfg.DATASETS, error)
-    write_json(file, account)
+def _own_data(own: OwnData) -> tuple[str, Split]:
+    """Describe what --data was read as; Unfit if its owner must settle something first."""
+    text = "\n".join([own.split.describe(), *own.decisions, *(f"warning: {line}" for line in own.split.warnings)])
+    if own.faults:
+        raise Unfit("\n".join([*own.faults, "these images are left out here; without them:", text]))
+    return text, own.split
 
 
 def _versions() -> tuple[str, None]:
@@ -137,8 +159,7 @@ def _data_set(cfg: Config) -> tuple[str, Split]:
     return "\n".join([split.describe(), *(f"warning: {warning}" for warning in split.warnings)]), split
 
 
-def _image_files(cfg: Config, split: Split, whole: bool) -> tuple[str, Split]:
-    rule = BadImages(cfg.DATASETS.ON_BAD, Path(cfg.OUTPUT_DIR))
+def _image_files(cfg: Config, rule: BadImages, split: Split, whole: bool) -> tuple[str, Split]:
     whole_decode = partial(decode, size=cfg.INPUT.SIZE_TRAIN, resize=BICUBIC) if whole else None
     used = rule.check(replace(split, warnings=()), decode=whole_decode)  # the row above has those of the reader
     how = "decoded" if whole else "header and end read"

@@ -7,9 +7,8 @@ needed. An evaluation says which cosine means the same person.
 """
 
 import logging
-import os
 import sys
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,28 +35,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 def search(
     cfg: "Config",
     *,
-    query: Path,
-    gallery: Path,
+    query: str,
+    gallery: str,
     top: int,
     at_least: float | None,
     camera: list[str],
     tracks: bool,
     json: Path | None,
     picture: Path | None,
+    **of_gallery: Any,
 ) -> None:
     """Print the gallery images, or tracks, nearest to each query."""
     from fusionreid.dataloading.records import printable
-    from fusionreid.engine.search_sources import of_cameras, read_source
+    from fusionreid.engine.galleries.table import GalleryError, is_gallery
+    from fusionreid.engine.search_sources import of_cameras, read_source, search_gallery
     from fusionreid.files import write_json
 
-    asked, among = (read_source(cfg, path, tracks=tracks) for path in (query, gallery))
-    if asked is None or among is None:
-        return  # the main rank has them
-    among = of_cameras(among, camera)
-    _warn_of_two_models(asked, among)
-    found = nearest(asked, among, top, -1.0 if at_least is None else at_least)
+    among, limit = None, -1.0 if at_least is None else at_least
+    if is_gallery(gallery):
+        if tracks:
+            raise GalleryError("--tracks is for folders and lists: a gallery shows the images of a track as one match")
+        found = search_gallery(cfg, query, gallery, top, limit, camera=camera, **of_gallery)
+    else:
+        if given := [name for name, value in of_gallery.items() if value]:
+            raise GalleryError(f"--{given[0]} is for a gallery that embed --to has made, which {gallery} is not")
+        asked, among = (read_source(cfg, Path(path), tracks=tracks) for path in (query, gallery))
+        if asked is None or among is None:
+            return  # the main rank has them
+        among = of_cameras(among, camera)
+        _warn_of_two_models(asked, among)
+        found = nearest(asked, among, top, limit)
     for line in found:
         print(printable(_named(line, line["query"])))
+        if not line["matches"]:
+            print(f"        nobody{f' at or above {limit}' if at_least is not None else ''}")
         for place, match in enumerate(line["matches"], 1):
             print(f"{place:6}  {match['cosine']:6.3f}  {printable(_named(match, match['path']))}")
     if json:
@@ -67,7 +78,7 @@ def search(
         from fusionreid.engine.reporting.contact_sheet import write_sheet
 
         # A track's vector is a mean, and more like others than those that were measured.
-        measured = None if tracks else measured_threshold(among, gallery)
+        measured = None if tracks or among is None else measured_threshold(among, Path(gallery))
         threshold = measured if at_least is None else Threshold(at_least)
         count = write_sheet(picture, f"Search in {printable(gallery)}", found, threshold)
         if count < len(found):
@@ -76,10 +87,10 @@ def search(
 
 def options(parser: ArgumentParser) -> None:
     """Add the options of the command."""
-    kinds = "an image, a folder or a CSV list of images, a folder of embeddings as embed writes it, or an evaluated run"
-    parser.add_argument("--query", required=True, type=arguments.path, metavar="PATH",
+    kinds = "an image, a folder or a CSV list of images, what embed has written, or an evaluated run"
+    parser.add_argument("--query", required=True, type=arguments.place, metavar="PATH",
                         help=f"whom to look for: {kinds}; as in lost.jpg")  # fmt: skip
-    parser.add_argument("--gallery", required=True, type=arguments.path, metavar="PATH",
+    parser.add_argument("--gallery", required=True, type=arguments.place, metavar="PATH",
                         help="where to look, likewise; as in log/own")  # fmt: skip
     parser.add_argument("--top", default=10, type=_count, metavar="N", help="matches per query, as in 5 (default: 10)")
     parser.add_argument("--at-least", type=_cosine, metavar="COSINE",
@@ -89,9 +100,24 @@ def options(parser: ArgumentParser) -> None:
     parser.add_argument("--tracks", action="store_true",
                         help="compare tracks by the mean of their vectors: the images of a folder, or those that the "
                              "column track of a list joins")  # fmt: skip
+    growing = parser.add_argument_group("in a gallery that embed --to has made")
+    growing.add_argument("--person", metavar="NAME", help="look only at images of this person, as in anna")
+    growing.add_argument(
+        "--since", type=arguments.time, metavar="TIME", help="from this time on, as in 2026-03-01T18:30"
+    )
+    growing.add_argument("--before", type=arguments.time, metavar="TIME", help="before this time, as in 2026-03-02")
+    growing.add_argument("--seen", nargs=2, metavar=("CAMERA", "TIME"), action=_Seen,
+                         help="where and when the query was seen: leave out that camera within a minute")  # fmt: skip
+    growing.add_argument("--index", action="store_true",
+                         help="use the index that gallery index has built: faster, and may miss some")  # fmt: skip
     parser.add_argument("--picture", type=_sheet, metavar="FILE",
                         help="also draw a contact sheet, as in found.html, .png or .jpg")  # fmt: skip
-    parser.add_argument("--json", type=_file, metavar="FILE", help="also write the matches to a file, as in found.json")
+    parser.add_argument(
+        "--json",
+        type=arguments.file_to_write,
+        metavar="FILE",
+        help="also write the matches to a file, as in found.json",
+    )
 
 
 def ending(_cfg: "Config", *, json: Path | None, picture: Path | None, **_: object) -> Ending:
@@ -138,6 +164,16 @@ def _warn_of_two_models(query: "Embeddings", gallery: "Embeddings") -> None:
                     ", ".join(differences))  # fmt: skip
 
 
+class _Seen(Action):
+    """A camera and a time."""
+
+    def __call__(self, parser: ArgumentParser, given: Namespace, values: Any, _option: str | None = None) -> None:
+        try:
+            given.seen = values[0], arguments.time(values[1])
+        except ArgumentTypeError as error:
+            parser.error(f"argument --seen: TIME {error}")
+
+
 def _count(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise ArgumentTypeError(f"must be 1 or more, got {text}")
@@ -154,17 +190,10 @@ def _cosine(text: str) -> float:
     return value
 
 
-def _file(text: str) -> Path:
-    path = arguments.path(text)
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise ArgumentTypeError(f"{text} cannot be written: name a file in a folder that is there")
-    return path
-
-
 def _sheet(text: str) -> Path:
     if not text.lower().endswith(SHEETS):
         raise ArgumentTypeError(f"{text} must end in {', '.join(SHEETS[:-1])} or {SHEETS[-1]}")
-    return _file(text)
+    return arguments.file_to_write(text)
 
 
 COMMAND = Command(

@@ -5,7 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fusionreid.dataloading.datasets.names import camera_key
+from fusionreid.dataloading.image_files import find_images
 from fusionreid.dataloading.image_list import Listed, is_list, read_image_list
 from fusionreid.dataloading.records import DataError, Record, printable
 from fusionreid.engine.evaluation import embeddings
@@ -13,6 +16,7 @@ from fusionreid.engine.evaluation.embeddings import Embeddings
 from fusionreid.engine.evaluation.finite import check_finite
 from fusionreid.engine.evaluation.names import Names
 from fusionreid.engine.evaluation.tracks import Tracks, pool, tracks_by_folder
+from fusionreid.engine.galleries.table import Gallery, GalleryError, condition, is_gallery, needed
 
 if TYPE_CHECKING:
     from fusionreid.engine.config import Config
@@ -46,6 +50,43 @@ def read_source(cfg: "Config", path: Path, *, tracks: bool) -> Embeddings | None
     if not tracks:
         return found
     return _by_list(found, listed) if listed else tracks_by_folder(found)
+
+
+def search_gallery(
+    cfg: "Config", query: Path | str, place: str, count: int, at_least: float, *, index: bool, **filters: Any
+) -> list[dict[str, Any]]:
+    """Describe every query and its nearest rows of a gallery, images of one track as one match; as `nearest` does."""
+    needed("lancedb", "gallery")
+    from fusionreid.engine.galleries import find
+
+    gallery = Gallery.open(place)
+    asked, vectors = _asked(cfg, query, gallery, (filters.get("seen") or (None,))[0])
+    search = find.indexed if index else find.exact
+    found = search(gallery, vectors, count, condition(**filters))
+    return [{**about, "matches": matches} for about, matches in zip(asked, find.matches(found, at_least))]
+
+
+def _asked(
+    cfg: "Config", query: Path | str, gallery: Gallery, camera: str | None
+) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Describe the queries, seen by a camera if it is known, and return their vectors of the gallery's model."""
+    from fusionreid.engine.galleries.find import rows_of
+
+    if is_gallery(query):
+        rows, vectors = rows_of(Gallery.open(query, gallery.model))
+        return [{"query": row["path"], "person": row["person"], "camera": row["camera"]} for row in rows], vectors
+    path = Path(query)
+    if (embeddings.folder_at(path) / embeddings.INDEX).is_file():
+        raise GalleryError(f"{printable(path)} does not say which model its vectors are of, as the query of a gallery "
+                           "must: name its images, or embed them with --to")  # fmt: skip
+    listed = read_image_list(path) if path.is_file() and is_list(path) else []
+    images = [entry.path for entry in listed] or [record.path for record in find_images(path)]
+    from fusionreid.engine.embedder import Embedder
+
+    embedder = Embedder(cfg)
+    Gallery.open(gallery.place, embedder.model_digest)
+    vectors = embedder(images, camera if camera in embedder.cameras else None)
+    return [{"query": image, "person": None, "camera": camera} for image in images], vectors
 
 
 def of_cameras(images: Embeddings, wanted: Sequence[str]) -> Embeddings:

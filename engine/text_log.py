@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from fusionreid.files import append_to
+
 FILE = "log.txt"
 RANK, RANKS = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
 WHO = f" [rank {RANK}]" if RANKS != "1" else ""
@@ -55,7 +57,7 @@ class FolderHandler(logging.Handler):
         """Write what was kept, once the folder is there."""
         with suppress(OSError, ValueError):
             if self._file is None and self.folder is not None and self.folder.is_dir():
-                self._file = open(self.folder / FILE, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+                self._file = append_to(self.folder / FILE)
             if self._file is not None:
                 lines, self._early = "".join(self._early), []
                 self._file.write(lines)

@@ -34,9 +34,10 @@ def train(cfg: "Config") -> None:
     from fusionreid.engine.distributed import parallel
     from fusionreid.engine.reporting.evaluate_run import report_evaluation
     from fusionreid.engine.training.trainer import Trainer
+    from fusionreid.weights.named import pinned
 
     startup.lap("imports")
-    trainer = Trainer(cfg, startup, report_evaluation)
+    trainer = Trainer(cfg.model_copy(update={"MODEL": pinned(cfg.MODEL)}), startup, report_evaluation)
     with Stop() as stop:  # until here a signal ends the process at once: there is nothing to save
         trainer.train(stop)
     parallel.finish()

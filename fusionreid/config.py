@@ -22,8 +22,8 @@ class ModelConfig(Section):
     LAST_STRIDE: Literal[1, 2] = 1  # stride of the CNN's last stage; 1 doubles the feature map
     PRETRAIN_CHOICE: Literal["imagenet", "checkpoint", "none"] = "imagenet"  # checkpoint: fine-tune; none: random start
     PRETRAIN_PATH: PathText = ""  # where PRETRAIN_CHOICE is checkpoint: a checkpoint folder or a published .pth file
-    PRETRAIN_PATH_R: PathText = "your CNN pretrained model path"  # weight file of the CNN
-    PRETRAIN_PATH_T: PathText = "your Transformer pretrained model path"  # weight file of the Transformer
+    PRETRAIN_PATH_R: PathText = "your CNN pretrained model path"  # of the CNN: a weight file, a timm name, auto or none
+    PRETRAIN_PATH_T: PathText = "your Transformer pretrained model path"  # of the Transformer
     RES_USE: Switch = True  # the CNN branch; the HTMs need both branches
     TRANS_USE: Switch = True  # the Transformer branch
     RES_MODE: Literal[1, 2, 3] = 1  # ResNet-50, ResNet-101, ResNet-152

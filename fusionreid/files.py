@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP  # what a file system without locks answers
 
@@ -35,6 +35,15 @@ def atomic_write(path: Path, mode: str = "wb", encoding: str | None = None) -> I
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def append_to(path: Path) -> TextIO:
+    """Open a text file to write at its end; OSError at once for a pipe that nobody reads, which would be waited for."""
+    return open(path, "a", encoding="utf-8", errors="backslashreplace", opener=_no_wait)
+
+
+def _no_wait(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from fusionreid.files import atomic_write
+
 MAX_BYTES = 16 * 2**20  # of a sealed file: one that is larger is none of ours
 
 
@@ -18,17 +20,30 @@ def seal(values: Mapping[str, Any]) -> bytes:
     return f'{body[:-2]},\n  "blake2b": "{digest}"\n}}\n'.encode()
 
 
+def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
+    """Replace a file by what `seal` encodes, at once."""
+    with atomic_write(path) as file:
+        file.write(seal(values))
+
+
 def unseal(path: Path) -> dict[str, Any]:
     """Read what `seal` encoded; ValueError if any byte of the file differs, OSError if it cannot be read."""
     check_file(path)
     with open(path, "rb") as file:
-        raw = file.read(MAX_BYTES + 1)
+        return unsealed(file.read(MAX_BYTES + 1))
+
+
+def unsealed(raw: bytes, *, required: bool = True) -> dict[str, Any]:
+    """Decode what `seal` encoded; ValueError if any byte differs. Unless `required`, JSON without a digest passes."""
     try:
         values = json.loads(raw)
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
+        digest = values.pop("blake2b", None)
+        if (digest is not None or required) and seal(values) != raw:
+            raise ValueError("its digest is not that of its content")
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    if not isinstance(values, dict) or not values.pop("blake2b", None) or seal(values) != raw:
-        raise ValueError("its digest is not that of its content")
     return values
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a network for weights
 HAS_GPU = torch.cuda.is_available()
 if HAS_GPU:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else a deterministic product is an error there
@@ -19,6 +20,7 @@ import pytest  # noqa: E402
 import triton.language as tl  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
+pytest_plugins = ["tests.promises"]
 FIXTURES = Path(__file__).parent / "fixtures"
 
 

@@ -5,10 +5,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
-from fusionreid.dataloading.datasets.names import camera_key, numbered, person_key, unify
+from fusionreid.dataloading.datasets.names import (
+    camera_key,
+    is_distractor,
+    is_name,
+    is_nobody,
+    numbered,
+    person_key,
+    spellings,
+    told_spellings,
+)
 from fusionreid.dataloading.records import JUNK, PARTS, DataError, LeftOut, Record, Split, printable
 
-NOBODY, DISTRACTOR = "-1", "0"  # persons of boxes that show nobody, or nobody who is searched
+UNNAMED = "of nobody known: the person's name is nan, none, unknown or the like"
+UNSEARCHED = "distractors outside the gallery: they are many persons, so that none can be learnt or searched"
 NO_CAMERAS = "no cameras named: train and query count as camera 0, gallery as camera 1, so that no match is left out"
 NAMED = 10
 MANY = 100  # cameras that a data set surely does not have, if each took only a few images
@@ -47,15 +57,18 @@ def assemble(
     are numbered from 0 over all parts. Both in the order of their names, which the split keeps. DataError holds every
     fault.
     """
-    left_out, told, faults = dict(left_out), list(warnings), _two_persons(rows)
-    if junk := [row.path for row in rows if person_key(row.person) == NOBODY]:
-        left_out[JUNK] = sorted({*junk})
-        rows = [row for row in rows if person_key(row.person) != NOBODY]
+    left_out, told, faults = dict(left_out), list(warnings), two_persons(rows)
+    rows = sift(rows, left_out)
     if len(once := list(dict.fromkeys(rows))) < len(rows):
         told.append(f"{len(rows) - len(once):,} images are named more than once in the same part, and count once")
     rows, camera_fault, camera_note = _without_cameras(sorted(once, key=lambda row: PARTS.index(row.part)))
-    persons, person_faults, person_warnings = unify("person", ((r.person, r.part) for r in rows), person_key)
-    cameras, camera_faults, camera_warnings = unify("camera", ((r.camera or "", r.part) for r in rows), camera_key)
+    spelt = spellings(((r.person, r.part) for r in rows), person_key)
+    spelt_cameras = spellings(((r.camera or "", r.part) for r in rows), camera_key)
+    (person_faults, person_warnings), (camera_faults, camera_warnings) = (
+        told_spellings("person", spelt),
+        told_spellings("camera", spelt_cameras),
+    )
+    persons, cameras = spelt.chosen, spelt_cameras.chosen
     if faults := [*faults, *camera_fault, *person_faults, *camera_faults]:
         raise DataError("\n".join(f"{name}: {fault}" for fault in faults))
     person_number = _person_numbers(rows, persons, published)
@@ -65,7 +78,7 @@ def assemble(
         person, camera = person_number[persons[row.person]], camera_number[cameras[row.camera or ""]]
         parts[row.part].append(Record(row.path, person, camera))
     person_names = {number: text for text, number in reversed(person_number.items())}
-    camera_names = {number: text for text, number in camera_number.items()}
+    camera_names = {} if camera_note else {number: text for text, number in camera_number.items()}
     told += [*person_warnings, *camera_warnings, *_cross_check(parts, person_names, published)]
     told += [] if camera_note else _odd_cameras(len(rows), len(camera_number))
     return Split(
@@ -82,7 +95,26 @@ def assemble(
     )
 
 
-def _two_persons(rows: Sequence[Row]) -> list[str]:
+def sift(rows: Sequence[Row], left_out: LeftOut) -> list[Row]:
+    """Move images of nobody who can be learnt or searched to `left_out`; forget cameras whose name is no name."""
+    kept: list[Row] = []
+    others: dict[str, set[str]] = {}
+    for row in rows:
+        if is_nobody(row.person):
+            reason = JUNK
+        elif not is_name(row.person):
+            reason = UNNAMED
+        elif is_distractor(row.person) and row.part in ("train", "query"):
+            reason = UNSEARCHED
+        else:
+            kept.append(row if row.camera is None or is_name(row.camera) else row._replace(camera=None))
+            continue
+        others.setdefault(reason, set()).add(row.path)
+    left_out |= {reason: sorted({*left_out.get(reason, ()), *paths}) for reason, paths in others.items()}
+    return kept
+
+
+def two_persons(rows: Sequence[Row]) -> list[str]:
     """Describe the images that are given to two persons, or to two cameras."""
     first: dict[str, Row] = {}
     others: dict[str, list[Row]] = {}  # of the few images with several rows
@@ -91,9 +123,11 @@ def _two_persons(rows: Sequence[Row]) -> list[str]:
             others.setdefault(row.path, [first[row.path]]).append(row)
     faults = []
     for kind, key in (("person", person_key), ("camera", camera_key)):
-        keys = {path: sorted({key(getattr(row, kind) or "") for row in same}) for path, same in others.items()}
-        if twice := {path: names for path, names in keys.items() if len(names) > 1}:
-            listed = _listed(f"{printable(path)} ({', '.join(map(repr, names))})" for path, names in twice.items())
+        named = {path: [getattr(row, kind) or "" for row in same] for path, same in others.items()}
+        spelt = {path: {key(name): name for name in names} for path, names in named.items()}
+        if twice := {path: names for path, names in spelt.items() if len(names) > 1}:
+            texts = ((path, ", ".join(map(repr, sorted(names.values())))) for path, names in twice.items())
+            listed = _listed(f"{printable(path)} ({text})" for path, text in texts)
             faults.append(f"{len(twice):,} images belong to two {kind}s: {listed}; each shows one")
     return faults
 
@@ -117,7 +151,7 @@ def _person_numbers(rows: Sequence[Row], spelling: Mapping[str, str], published:
     if published:
         return {name: int(name) for name in sorted(names)}
     elsewhere = {spelling[row.person] for row in rows if row.part != "gallery"}
-    nobody = [name for name in names - elsewhere if person_key(name) == DISTRACTOR]
+    nobody = [name for name in names - elsewhere if person_key(name) == "0" or is_distractor(name)]
     return {**dict.fromkeys(nobody, 0), **numbered(names - {*nobody}, 1)}
 
 

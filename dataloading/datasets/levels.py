@@ -6,11 +6,16 @@ from math import nan
 from typing import NamedTuple
 
 CAMERA_WORD = re.compile(r"(?:c|cam|camera)[ _.-]*\d+", re.IGNORECASE)
-DATE = re.compile(
+PERSON_WORD = re.compile(r"(?:p|pid|id|person|identity|subject)[ _.-]*\d+|0\d{3,}", re.IGNORECASE)
+OCCASION = re.compile(  # a day, a time or a track: neither a person nor a camera
     r"(?:19|20)\d\d[-_. ]?\d\d[-_. ]?\d\d.*|\d{1,2}[-_. ]\d{1,2}[-_. ](?:19|20)?\d\d|[ap]m|\d{1,2}h?[-_:]\d\d"
+    r"|(?:mon|tues|wednes|thurs|fri|satur|sun)day|morning|noon|afternoon|evening|night"
+    r"|(?:track|tracklet|clip|seq|sequence|video|session|visit|day|week|shot)[ _.-]*\d+",
+    re.IGNORECASE,
 )
 RECURS = 1.5  # folders above a name, on average, where it names a camera
-LEVELS = 3  # that are looked at; folders further down only group images
+CLEAR = 2  # times as many persons as cameras leave no doubt which is which
+LEVELS = 4  # that are looked at; folders further down only group images
 RECURRING, DISTINCT = 0.5, 0.1  # share of a level's names that are both in train and in test
 
 Places = Mapping[str, Collection[tuple[str, ...]]]  # part -> folders between the part and each image
@@ -32,20 +37,19 @@ def find_levels(places: Places) -> Levels:
     the person is above the camera.
     """
     deep = {part: [folders for folders in found if len(folders) > 1] for part, found in places.items()}
-    depth = min(LEVELS, max((len(folders) for found in deep.values() for folders in found), default=1))
+    depth = _depth(deep)
     if depth == 1:
         names = {folders[0] for found in places.values() for folders in found if folders}
         doubt = "folders named like cameras are read as persons" if names and _words(names) else ""
         return Levels(0, None, doubt=doubt)
     named = [_names(deep, level) for level in range(depth)]
-    choices = [level for level in range(depth) if not all(map(DATE.fullmatch, _union(named[level])))] or [*range(depth)]
-    words = [level for level in choices if _words(_union(named[level]))]
+    choices = _choices(named)
     shares = {level: _recurring(named[level]) for level in choices}
     apart = [level for level in choices if shares[level] <= DISTINCT]
     recurring = [level for level in choices if shares[level] >= RECURRING]
     camera: int | None
-    if len(words) == 1 and len(choices) > 1:
-        camera, reason = words[0], "its folders are named like cameras"
+    if (worded := _worded(named, choices)) is not None:
+        camera, reason = worded, "its folders are named like cameras"
         others = [level for level in choices if level != camera]
         person = next((level for level in others if level in apart), others[0])
     elif len(apart) == 1 and recurring:
@@ -65,19 +69,47 @@ def find_levels_of_one(folders: Collection[tuple[str, ...]]) -> Levels:
     Of two levels whose names recur in each other the one with fewer names is the camera; names that do not recur are
     tracks or days of one person.
     """
-    levels = find_levels({"train": folders})
-    deep = [names for names in folders if len(names) > 1]
-    if levels.camera is None or levels.why or _words({n[levels.camera] for n in deep if len(n) > levels.camera}):
-        return levels._replace(doubt="")
-    above: dict[str, set[str]] = {}
-    for names in deep:
-        above.setdefault(names[1], set()).add(names[0])
-    first, second = len({names[0] for names in deep}), len(above)
-    if sum(map(len, above.values())) < RECURS * second:
-        return Levels(0, None, "the folders below a person's are tracks or days, since no name recurs")
-    if first < second:
-        return Levels(1, 0, f"cameras are above persons: the first level has {first} names, the second {second}")
-    return Levels(0, 1)
+    deep = {"": [names for names in folders if len(names) > 1]}
+    depth = _depth(deep)
+    named = [_names(deep, level) for level in range(depth)]
+    choices = _choices(named)
+    if depth == 1 or len(choices) == 1:
+        return find_levels({"": folders})._replace(person=choices[0] if depth > 1 else 0)
+    if _worded(named, choices) is not None:
+        return find_levels({"": folders})
+    one, two = choices[:2]
+    pairs = {(names[one], names[two]) for names in deep[""] if len(names) > two}
+    first, second = len({above for above, _ in pairs}), len({below for _, below in pairs})
+    if len(pairs) < RECURS * second:
+        return Levels(one, None, "the folders below a person's are tracks or days, since no name recurs")
+    above, below = (all(map(PERSON_WORD.fullmatch, _union(named[level]))) for level in (one, two))
+    clear = max(first, second) >= CLEAR * min(first, second)
+    is_above = first >= second if clear or above == below else above
+    doubt = "" if clear or above != below else (
+        f"only their numbers tell persons from cameras: {first} names of folders above, {second} below; those "
+        f"{'above' if is_above else 'below'} were taken for persons. If they are cameras, name them cam1, cam2, ..., "
+        "or make a list"
+    )  # fmt: skip
+    if is_above:
+        return Levels(one, two, doubt=doubt)
+    text = f"cameras are above persons: the folders of level {one + 1} have {first} names, those below them {second}"
+    return Levels(two, one, text, doubt)
+
+
+def _depth(deep: Places) -> int:
+    return min(LEVELS, max((len(folders) for found in deep.values() for folders in found), default=1))
+
+
+def _choices(named: list[dict[str, set[str]]]) -> list[int]:
+    """Return the levels that may name persons or cameras."""
+    levels = range(len(named))
+    return [n for n in levels if not all(map(OCCASION.fullmatch, _union(named[n])))] or [*levels]
+
+
+def _worded(named: list[dict[str, set[str]]], choices: list[int]) -> int | None:
+    """Return the level whose folders are named like cameras, if it is the only one and leaves another."""
+    words = [level for level in choices if _words(_union(named[level]))]
+    return words[0] if len(words) == 1 and len(choices) > 1 else None
 
 
 def _names(places: Places, level: int) -> dict[str, set[str]]:

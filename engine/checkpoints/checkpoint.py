@@ -11,17 +11,17 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fusionreid.engine.checkpoints.retention import KEEP, Progress, to_remove
 from fusionreid.engine.storage import StorageError
-from fusionreid.files import atomic_write
-from fusionreid.sealed import entries, seal, unseal
+from fusionreid.sealed import entries, seal, unseal, write_sealed
 from fusionreid.weights.checkpoint_files import (
     FORMAT,
     MANIFEST,
@@ -35,6 +35,7 @@ from fusionreid.weights.checkpoint_files import (
 __all__ = ["STATE", "CheckpointError", "DamagedError", "verify"]
 
 BEST = "best.json"
+LAST_STEP = 10**12  # no training has so many
 ASIDE, DRAFT, REMOVED = ".tmp-old-", ".tmp-", ".tmp-removed-"  # before the name of a checkpoint
 
 log = logging.getLogger(__name__)
@@ -111,6 +112,8 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     names = verify(path)
     try:
         state = json.loads((path / STATE).read_bytes())
+        if not isinstance(state, dict):
+            raise ValueError(f"{STATE} is no JSON object")
         parts = [name.removesuffix(TENSORS) for name in names if name.endswith(TENSORS)]
         files = {part: load_file(path / f"{part}{TENSORS}") for part in parts}
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
@@ -138,14 +141,21 @@ def latest(root: Path) -> Path | None:
     return None
 
 
+class _Evaluations(BaseModel, strict=True, allow_inf_nan=False):
+    """The content of best.json."""
+
+    step: Annotated[int, Field(ge=-1, lt=LAST_STEP)]
+    score: float | None
+    evaluated: Annotated[int, Field(ge=-1, lt=LAST_STEP)]
+
+
 def write_progress(root: Path, progress: Progress) -> None:
     """Replace best.json, which ends with a digest of itself."""
     with _storing(root / BEST):
         score = None if math.isnan(progress.score) else progress.score
         values = {"step": progress.best, "score": score, "evaluated": progress.evaluated}
         root.mkdir(parents=True, exist_ok=True)
-        with atomic_write(root / BEST) as file:
-            file.write(seal(values))
+        write_sealed(root / BEST, values)
 
 
 def read_progress(root: Path) -> Progress:
@@ -153,10 +163,9 @@ def read_progress(root: Path) -> Progress:
     if not (root / BEST).exists():
         return Progress()
     try:
-        values = unseal(root / BEST)
-        score = math.nan if values["score"] is None else float(values["score"])
-        return Progress(int(values["evaluated"]), int(values["step"]), score)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        found = _Evaluations.model_validate(unseal(root / BEST))
+        return Progress(found.evaluated, found.step, math.nan if found.score is None else found.score)
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{root / BEST} is damaged ({error}): remove it, and the next evaluation chooses the best checkpoint anew; "
             "until then only the newest checkpoints are kept"

@@ -10,8 +10,8 @@ from fusionreid.weights.checkpoint_files import CheckpointError
 TABLE_ROWS = 20  # the rest is counted
 
 
-def compare(what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """CheckpointError with a table of the entries that differ; of tensors, type and shape are compared."""
+def compare(what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], way: str = "") -> None:
+    """CheckpointError with a table of the entries that differ, and a way on; of tensors, type and shape count."""
     keys = [*ours, *(key for key in theirs if key not in ours)]
     pairs = [(key, _text(ours, key), _text(theirs, key)) for key in keys]
     rows = [("entry", "this run", "checkpoint"), *(pair for pair in pairs if pair[1] != pair[2])]
@@ -22,7 +22,7 @@ def compare(what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> No
         table += [f"and {len(rows) - len(shown)} more"] if len(rows) > len(shown) else []
         raise CheckpointError(
             f"{what} of the checkpoint does not fit this run:\n  " + "\n  ".join(table) + "\n"
-            "use the configuration of the checkpoint, or another OUTPUT_DIR"
+            f"use the configuration of the checkpoint, or another OUTPUT_DIR{way}"
         )
 
 

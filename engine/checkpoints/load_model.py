@@ -2,10 +2,11 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
 from fusionreid import FusionReID, build_model
@@ -18,7 +19,17 @@ from fusionreid.engine.distributed import parallel
 from fusionreid.weights import WeightsError, load_published
 from fusionreid.weights.formats import read_state
 
+MOST = 10**6  # persons or cameras: more were never photographed
+
 log = logging.getLogger(__name__)
+
+
+class Trainees(BaseModel, strict=True):
+    """What the state.json of a checkpoint says of those whom its model was trained on."""
+
+    classes: Annotated[int, Field(gt=0, le=MOST)]
+    cameras: Annotated[list[Annotated[int, Field(ge=0, lt=MOST)]], Field(min_length=1)]
+    camera_names: list[str] | None = None  # older ones do not say
 
 
 class Trained(NamedTuple):
@@ -47,6 +58,8 @@ def config_of(state: Mapping[str, Any], path: Path) -> Config:
     """The configuration that a checkpoint was trained with."""
     try:
         return Config.from_dict(state["config"])
+    except (KeyError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its state.json holds no configuration: use another checkpoint") from error
     except ConfigError as error:
         raise CheckpointError(f"{path} is of another version, whose configuration this one does not know: use that "
                               f"version\n{error}") from error  # fmt: skip
@@ -58,8 +71,8 @@ def find_checkpoint(cfg: Config) -> Path:
     Not by default: it is chosen by the very images that it is measured on.
     """
     if cfg.TEST.WEIGHT not in ("", "best"):
-        return checkpoint_at(Path(cfg.TEST.WEIGHT), Path(cfg.OUTPUT_DIR))
-    folder = Path(cfg.OUTPUT_DIR) / "checkpoints"
+        return checkpoint_at(Path(cfg.TEST.WEIGHT).absolute(), Path(cfg.OUTPUT_DIR))
+    folder = Path(cfg.OUTPUT_DIR).absolute() / "checkpoints"  # vectors are compared by the checkpoint that they are of
     best = checkpoint.best(folder) if cfg.TEST.WEIGHT else None
     path = best.path if best else checkpoint.latest(folder)
     if path is None:
@@ -93,22 +106,22 @@ def restore_as_trained(path: Path) -> tuple[Trained, Config]:
 
 
 def _trained(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], cfg: Config) -> Trained:
-    cameras = tuple(state["cameras"])
-    model = build(cfg, state["classes"], max(cameras) + 1)
-    load_model(model, {**tensors["model"], **tensors.get("average", {})})  # of the weights, if one was kept
-    return Trained(model, cameras, state["config"]["DATASETS"]["NAMES"], _names(path, state, cameras))
-
-
-def _names(path: Path, state: Mapping[str, Any], cameras: Sequence[int]) -> tuple[str, ...]:
-    """Names of the cameras; those of a checkpoint that does not keep any are their numbers, from 1."""
-    names = state.get("camera_names")
-    if names is None:
-        return _numbered(cameras)
-    if not isinstance(names, list) or len(names) != len(cameras) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(
-            f"{path}: camera_names in its state.json are not those of {len(cameras)} cameras: use another checkpoint"
-        )
-    return tuple(names)
+    weights = tensors.get("model", {})
+    try:
+        seen = Trainees.model_validate(state)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path}: its state.json cannot be followed: {where}: {first['msg']}") from error
+    heads = {len(t) for name, t in weights.items() if name.endswith("classifier.weight") and t.ndim}
+    if heads != {seen.classes}:  # before memory is taken for so many
+        raise CheckpointError(f"{path}: its state.json says {seen.classes} persons, its classifiers have {heads}")
+    names = seen.camera_names or _numbered(seen.cameras)
+    if len(names) != len(seen.cameras):
+        raise CheckpointError(f"{path}: its state.json has {len(names)} camera_names for {len(seen.cameras)} cameras")
+    model = build(cfg, seen.classes, max(seen.cameras) + 1)
+    load_model(model, {**weights, **tensors.get("average", {})})  # of the weights, if one was kept
+    return Trained(model, tuple(seen.cameras), config_of(state, path).DATASETS.NAMES, tuple(names))
 
 
 def _numbered(cameras: Iterable[int]) -> tuple[str, ...]:

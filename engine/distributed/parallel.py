@@ -36,6 +36,10 @@ class DeviceError(ReIDError, ValueError):
     """The configuration asks for a device that is not there."""
 
 
+class MeetingError(ReIDError, RuntimeError):
+    """The address where the processes of a run meet cannot be used or is not reached."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The processes of a run, and which of them this one is."""
@@ -80,7 +84,7 @@ def start(device_type: str, *, required: bool = False) -> Ranks:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "WORLD_SIZE" in os.environ:
-            store, rank, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            store, rank, _ = _meet()
             # A restarted run must not find the addresses of its dead predecessors, which torchrun's store keeps.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
@@ -88,6 +92,15 @@ def start(device_type: str, *, required: bool = False) -> Ranks:
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return Ranks(dist.get_rank(), world_size, device, init_device_mesh(device.type, (world_size,)))
+
+
+def _meet() -> tuple[dist.Store, int, int]:
+    try:
+        return next(dist.rendezvous("env://", timeout=TIMEOUT))
+    except dist.DistNetworkError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise MeetingError(f"the processes of this run cannot meet at {place}: {error}; set another MASTER_PORT, or "
+                           "start torchrun with --standalone where all are on one host") from error  # fmt: skip
 
 
 def finish() -> None:

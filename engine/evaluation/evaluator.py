@@ -57,10 +57,11 @@ def check_cameras(split: Split, cameras: Sequence[int], cfg: Config) -> None:
     """Raise DataError if a test image's camera is not among those of training and TEST.SIE_UNKNOWN is not mean."""
     unseen = sorted({record.camera for record in (*split.query, *split.gallery)} - set(cameras))
     if unseen and has_camera_embedding(cfg, cameras) and cfg.TEST.SIE_UNKNOWN == "error":
+        new, known = (", ".join(split.camera_names.get(c, str(c + 1)) for c in some) for some in (unseen, cameras))
         raise DataError(
-            f"{split.name}: query or gallery has images of cameras {[c + 1 for c in unseen]}, training had only "
-            f"{[c + 1 for c in cameras]} (counted from 1), so the model has no embedding for them; set "
-            "TEST.SIE_UNKNOWN mean to use the mean embedding, or train with MODEL.SIE_CAMERA no"
+            f"{split.name}: query or gallery has images of the cameras {new}; training had only {known}, so the model "
+            "has no embedding for them; set TEST.SIE_UNKNOWN mean to use the mean embedding, or train with "
+            "MODEL.SIE_CAMERA no"
         )
 
 

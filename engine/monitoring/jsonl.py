@@ -1,15 +1,23 @@
 """JSON lines: tensors to numbers to JSON, and removal of lines that a resumed run writes again."""
 
 import json
+import logging
 import math
+import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusionreid.files import atomic_write
+from fusionreid.sealed import check_file
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+CHECKED = re.compile(rb'(\{.*), "crc32": "([0-9a-f]{8})"\}')
+
+log = logging.getLogger(__name__)
 
 
 def to_host(scalars: "Mapping[str, Tensor | list[float] | float]") -> dict[str, Any]:
@@ -45,17 +53,45 @@ def with_nulls(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def drop_after(path: Path, step: int, evaluated: int) -> None:
-    """Remove from a file of JSON lines those after `step`, and evaluations after the step `evaluated`."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+def line_of(values: Mapping[str, Any]) -> str:
+    """Encode as one line of JSON that ends with a checksum of what stands before it; what is not finite is null."""
+    text = json.dumps(with_nulls(values), allow_nan=False)
+    return f'{text[:-1]}, "crc32": "{zlib.crc32(text.encode()):08x}"}}\n'
+
+
+def is_intact(line: bytes) -> bool:
+    """Whether a line's checksum is that of its content; earlier versions wrote none."""
+    found = CHECKED.fullmatch(line)
+    return found is None or zlib.crc32(found[1] + b"}") == int(found[2], 16)
+
+
+def drop_after(path: Path, step: int, evaluated: int, period: int) -> None:
+    """Remove from a file of JSON lines those after `step`, and evaluations after the step `evaluated`.
+
+    Damaged lines go too, which is told, and so is it if none is left or the lines end before `step`, every `period` of
+    which was logged.
+    """
+    if path.is_symlink() or path.exists():
+        check_file(path)
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    kept, damaged, logged = [], 0, 0
+    for line in lines:
         try:
             values = json.loads(line)
-            if values["step"] <= (evaluated if any(name.startswith("eval/") for name in values) else step):
-                kept.append(line)
-        except (ValueError, TypeError, KeyError):
-            continue  # the last line of a killed run
-    with atomic_write(path, "w", encoding="utf-8") as file:
-        file.write("".join(f"{line}\n" for line in kept))
+            is_later = values["step"] > (evaluated if any(name.startswith("eval/") for name in values) else step)
+            if not is_intact(line):
+                raise ValueError("its checksum is not that of its content")
+            if not is_later:
+                kept.append(line + b"\n")
+                logged = max(logged, values["step"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            damaged += 1
+    if damaged:
+        log.warning("%s: %d of %d lines are damaged and left out", path, damaged, len(lines))
+    if step and not kept:
+        log.warning("%s holds nothing of the first %d steps: they are lost to it", path, step)
+    elif step - logged >= period:
+        log.warning("%s ends with step %d, the run goes on from step %d: lines are lost", path, logged, step)
+    if path.exists():
+        with atomic_write(path) as file:
+            file.writelines(kept)

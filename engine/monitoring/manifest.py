@@ -17,7 +17,7 @@ from fusionreid.dataloading import Split
 from fusionreid.dataloading.records import PARTS
 from fusionreid.engine.config import Config
 from fusionreid.engine.config_yaml import flat
-from fusionreid.files import write_json
+from fusionreid.sealed import check_file, unsealed, write_sealed
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ def record(output: Path, cfg: Config, split: Split, device: "torch.device", rank
         note = _line([f"{key} {before.get(key)} -> {now.get(key)}" for key in changed])
     started = datetime.now(UTC).isoformat(timespec="seconds")
     try:
-        write_json(path, {"run": run, "started": started, "step": step, **new, "earlier": earlier})
+        write_sealed(path, {"run": run, "started": started, "step": step, **new, "earlier": earlier})
     except OSError as error:
         log.warning("%s was not written: %s; training continues", path, error)
     return Recorded(run, note)
@@ -132,13 +132,14 @@ def commit() -> str | None:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
     try:
-        found = json.loads(path.read_bytes())
-        if isinstance(found, dict):
+        check_file(path)
+        found = unsealed(path.read_bytes(), required=False)
+        if isinstance(found.get("run", ""), str) and isinstance(found.get("earlier", []), list):
             return found
-        raise ValueError("it holds no object")
-    except FileNotFoundError:
-        pass
+        raise ValueError("it does not name the run, or its starts")
     except (OSError, ValueError) as error:
         log.warning("%s of the start before cannot be read: %s; it is written anew", path, error)
     return {}

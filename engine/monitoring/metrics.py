@@ -3,7 +3,6 @@
 Only `log` waits for the device. Nothing here ends a training: a full disk or a closed terminal costs the line alone.
 """
 
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,9 +13,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fusionreid.engine.monitoring import memory
-from fusionreid.engine.monitoring.jsonl import drop_after, points_of, to_host, with_nulls
+from fusionreid.engine.monitoring.jsonl import drop_after, line_of, points_of, to_host
 from fusionreid.engine.monitoring.loggers import Logger, TensorBoard
 from fusionreid.engine.monitoring.startup import Startup
+from fusionreid.files import append_to
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ class Metrics:
     """The numbers of one run, written by the rank for which `enabled` is true.
 
     A run that goes on after `start_step` drops later lines of the run before it: metrics.jsonl reads as if unbroken.
-    With `evaluate_again` it drops the evaluation of that step too.
+    With `evaluate_again` it drops the evaluation of that step too. Every `log_period` steps there was a line.
     `loggers` are opened by name, TensorBoard alone if None; MFU is the share of `peak_images_per_s` if that is known.
     """
 
@@ -41,6 +41,7 @@ class Metrics:
         start_step: int = 0,
         *,
         evaluate_again: bool = False,
+        log_period: int = 1,
         loggers: Mapping[str, Callable[[], Logger]] | None = None,
         peak_images_per_s: float | None = None,
         startup: Startup | None = None,
@@ -57,7 +58,7 @@ class Metrics:
         self._failed: set[str] = set()
         if enabled:
             with self._forgiving("metrics.jsonl"):
-                drop_after(self._lines, start_step, start_step - evaluate_again)
+                drop_after(self._lines, start_step, start_step - evaluate_again, log_period)
             default = {"tensorboard": lambda: TensorBoard(Path(output_dir), start_step)}
             for name, open_logger in (default if loggers is None else loggers).items():
                 with self._forgiving(name):
@@ -165,8 +166,8 @@ class Metrics:
         """One line of JSON, with `more` only there, and one point in each logger."""
         with self._forgiving("metrics.jsonl"):
             self._lines.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._lines, "a", encoding="utf-8") as file:
-                file.write(json.dumps(with_nulls({"step": step, **values, **more}), allow_nan=False) + "\n")
+            with append_to(self._lines) as file:
+                file.write(line_of({"step": step, **values, **more}))
         points = points_of(values)
         for name, logger in self._loggers.items():
             with self._forgiving(name):

@@ -21,6 +21,7 @@ from fusionreid.engine.distributed.numerics import set_numerics
 from fusionreid.engine.distributed.parallel import Ranks
 from fusionreid.engine.evaluation import embeddings
 from fusionreid.engine.evaluation.baselines import colour_histogram
+from fusionreid.engine.evaluation.cameras import number_as_trained
 from fusionreid.engine.evaluation.details import details, nearest_images
 from fusionreid.engine.evaluation.evaluator import (
     MODEL,
@@ -43,6 +44,8 @@ from fusionreid.engine.reporting.attention import attention_maps, grad_cam
 from fusionreid.engine.reporting.queries import SHOWN_IMAGES
 from fusionreid.engine.reporting.summary import add_details, shown_queries, write_report, write_results
 
+OWN = "folder", "market", "csv"  # readers of own data, one model for all
+
 log = logging.getLogger(__name__)
 
 
@@ -58,6 +61,8 @@ def evaluate_checkpoint(cfg: Config, *, baselines: bool) -> None:
     trained = restore(path, cfg)
     bad = BadImages(cfg.DATASETS.ON_BAD, output, ranks.main)
     split = decide(lambda: bad.check(read_split(cfg.DATASETS), ("query", "gallery")), ranks)
+    if trained.dataset in OWN:
+        split = number_as_trained(split, trained.cameras, trained.camera_names)
     ids, records, num_query = split_ids(split), (*split.query, *split.gallery), len(split.query)
     check_matches(*ids)
     cameras = known_cameras(trained, split, cfg)
@@ -126,7 +131,8 @@ def evaluate_stored(cfg: Config) -> None:
 
 def known_cameras(trained: Trained, split: Split, cfg: Config) -> tuple[int, ...]:
     """Cameras of the split that the model has embeddings of: none, if it was trained on another data set."""
-    if trained.dataset is None or _bare(trained.dataset) == _bare(cfg.DATASETS.NAMES):
+    both_own = trained.dataset in OWN and cfg.DATASETS.NAMES in OWN  # cameras go by their names
+    if trained.dataset is None or both_own or _bare(trained.dataset) == _bare(cfg.DATASETS.NAMES):
         check_cameras(split, trained.cameras, cfg)
         return trained.cameras
     if has_camera_embedding(cfg, trained.cameras) and cfg.TEST.SIE_UNKNOWN == "error":
@@ -148,7 +154,7 @@ def _source(cfg: Config, split: Split, described: Mapping[str, Any], checkpoint:
         "data": split.name,
         "note": split.note,
         "split": described,
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(checkpoint.absolute()),
         "TEST": cfg.TEST.model_dump(mode="json"),
     }
 

@@ -10,9 +10,11 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from fusionreid.dataloading.records import DataError
 from fusionreid.engine.config_yaml import flat
+from fusionreid.engine.monitoring.jsonl import is_intact
 from fusionreid.engine.reporting.charts import Point
+from fusionreid.sealed import check_file, unsealed
 
-METRICS, QUERIES = "metrics.json", "queries.json"
+MANIFEST, METRICS, QUERIES = "manifest.json", "metrics.json", "queries.json"
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +197,9 @@ def read_run(folder: Path, name: str) -> RunRecord:
     metrics, log_lines = folder / METRICS, folder / "metrics.jsonl"
     if not (metrics.is_file() or log_lines.is_file()):
         raise DataError(f"{folder} holds neither {metrics.name} nor {log_lines.name}: train or evaluate that run first")
-    manifest = _read(folder / "manifest.json", Manifest, "remove it to draw the report without it")
+    manifest = _read(folder / MANIFEST, Manifest, "remove it to draw the report without it")
+    if log_lines.is_file() and not manifest.config:
+        log.warning("%s is missing: the settings of this training are not known", folder / MANIFEST)
     results = _read(metrics, Metrics, "evaluate that run again")
     queries = _read(folder / QUERIES, Queries, "evaluate that run again")
     lines = read_log(log_lines) if log_lines.is_file() else []
@@ -203,28 +207,34 @@ def read_run(folder: Path, name: str) -> RunRecord:
 
 
 def _read(path: Path, content: type[FileContent], remedy: str) -> FileContent:
-    if not path.is_file():
+    if not path.is_symlink() and not path.exists():
         return content()
     try:
-        return content.model_validate_json(path.read_bytes())
+        check_file(path)
+        found = content.model_validate_json(raw := path.read_bytes())
+        unsealed(raw, required=False)
+        return found
     except ValidationError as invalid:
         error = invalid.errors(include_url=False)[0]
         where = ".".join(map(str, error["loc"]))
         raise DataError(f"{path} is damaged: {where and f'{where}: '}{error['msg']}; {remedy}") from invalid
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged: {error}; {remedy}") from error
 
 
 def read_log(path: Path) -> list[LogLine]:
-    """Read log lines; those that are none are counted in a warning, but for the last one of a run that was killed."""
+    """Read log lines; a warning counts those that are damaged, such as the last one of a run that was killed."""
     texts = path.read_bytes().splitlines()
     lines = list(_log_lines(texts))
-    if damaged := len(texts) - len(lines) - (bool(texts) and not texts[-1].endswith(b"}")):
-        log.warning("%s: %d of %d lines are damaged and left out", path, damaged, len(texts))
+    if len(lines) < max(1, len(texts)):
+        log.warning("%s: %d of %d lines are damaged and left out", path, len(texts) - len(lines), len(texts))
     return lines
 
 
 def _log_lines(texts: Iterable[bytes]) -> Iterable[LogLine]:
     for text in texts:
         try:
-            yield LogLine.model_validate_json(text)
+            if is_intact(text):
+                yield LogLine.model_validate_json(text)
         except ValidationError:
             continue

@@ -20,7 +20,9 @@ from fusionreid.engine.reporting.queries import Maps, camera_name, choose_querie
 from fusionreid.engine.reporting.run_record import METRICS, QUERIES, Result, cosine_text
 from fusionreid.engine.reporting.runs import draw_report
 from fusionreid.engine.reporting.sections import SHOWN_RANKS
-from fusionreid.files import write_json
+from fusionreid.sealed import unseal, write_sealed
+
+VECTOR = "FEAT", "NECK_FEAT", "FEAT_NORM", "FLIP"  # what of TEST decides a vector
 
 
 def write_results(output: Path, rankings: Mapping[str, Ranking], about: Mapping[str, Any], *, quiet: bool) -> None:
@@ -48,7 +50,24 @@ def write_results(output: Path, rankings: Mapping[str, Ranking], about: Mapping[
         print("\n".join(lines))
     (output / QUERIES).unlink(missing_ok=True)  # of another evaluation
     evaluated = datetime.now(UTC).isoformat(timespec="seconds")
-    write_json(output / METRICS, {**about, "evaluated": evaluated, "results": results})
+    kept = _kept(output / METRICS, about)
+    write_sealed(output / METRICS, {**kept, **about, "evaluated": evaluated, "results": results})
+
+
+def _kept(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an earlier evaluation of the same vectors found out besides, such as the thresholds."""
+    try:
+        earlier = unseal(path)
+        same = _vectors(earlier) == _vectors(json.loads(json.dumps(about)))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):  # none, or damaged: it is replaced
+        return {}
+    return {key: value for key, value in earlier.items() if key not in about} if same else {}
+
+
+def _vectors(about: Mapping[str, Any]) -> list[Any]:
+    """Return what tells vectors from others: the checkpoint, the images, and the settings that shape a vector."""
+    test = about.get("TEST", {})
+    return [about["checkpoint"], about["split"]["digest"], *(test.get(key) for key in VECTOR)]
 
 
 def add_details(output: Path, details: Mapping[str, Any], names: Names, *, quiet: bool) -> None:
@@ -66,8 +85,8 @@ def add_details(output: Path, details: Mapping[str, Any], names: Names, *, quiet
 
 
 def _add(output: Path, more: Mapping[str, Any]) -> None:
-    known = json.loads((output / METRICS).read_text(encoding="utf-8"))
-    write_json(output / METRICS, {**known, **more})
+    known = unseal(output / METRICS)
+    write_sealed(output / METRICS, {**known, **more})
 
 
 def precision_of(ranking: Ranking) -> np.ndarray:
@@ -99,6 +118,6 @@ def write_report(
     scores = (1 - distances / 2 if cfg.TEST.FEAT_NORM else distances.sqrt()).numpy()
     shown = describe_queries(split, choose_queries(precision), precision, indices, scores, maps)
     measure = "cosine" if cfg.TEST.FEAT_NORM else "distance"
-    write_json(output / QUERIES, {"measure": measure, "queries": shown})
+    write_sealed(output / QUERIES, {"measure": measure, "queries": shown})
     _add(output, {"confusions": confusions(split, indices)})
     draw_report(output, cfg, quiet=quiet)

@@ -15,6 +15,8 @@ from fusionreid.engine.distributed.agreement import decide
 from fusionreid.engine.distributed.parallel import Ranks
 from fusionreid.engine.training.state import Parts
 
+EPOCHS = "SOLVER.MAX_EPOCHS"
+
 
 class Position(BaseModel):
     """Where in the training a checkpoint was written, from its state.json."""
@@ -48,11 +50,20 @@ def find(store: CheckpointStore | None, cfg: Config, ranks: Ranks) -> tuple[Posi
 
 def position_of(state: Mapping[str, Any], path: Path, cfg: Config) -> Position:
     """Read the position from the state of a checkpoint; CheckpointError if it is of another configuration."""
-    compare("the configuration", what_decides(cfg), what_decides(config_of(state, path)))
+    ours, theirs = what_decides(cfg), what_decides(config_of(state, path))
+    compare("the configuration", ours, theirs, _way_on(path) if ours[EPOCHS] != theirs[EPOCHS] else "")
     try:
         return Position.model_validate(state)
     except ValidationError as error:
         raise CheckpointError(f"{path}: its state.json cannot be followed: {error}") from error
+
+
+def _way_on(path: Path) -> str:
+    return (
+        f". More epochs: the learning rate of every step depends on {EPOCHS}, so a run cannot be made longer; start "
+        f"another from its weights, with MODEL.PRETRAIN_CHOICE checkpoint MODEL.PRETRAIN_PATH {path} and an OUTPUT_DIR "
+        "of its own"
+    )
 
 
 def what_decides(cfg: Config) -> dict[str, Any]:

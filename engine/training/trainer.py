@@ -152,16 +152,16 @@ class Trainer:
     def _open_logs(self, opened: ExitStack) -> None:
         """Open metrics, profiler and manifest of this start; the other ranks only count."""
         cfg, ranks = self.cfg, self.ranks
-        total_steps = self.loader.steps(1) * cfg.SOLVER.MAX_EPOCHS  # about: epochs differ by a few steps
+        total_steps = self.loader.total_steps(cfg.SOLVER.MAX_EPOCHS)
         if ranks.main:
             run, note = manifest.record(self.output, cfg, self.split, ranks.device, ranks.world_size, self.step)
             if note:
                 self._say(note)
-            settings = cfg.model_dump(mode="json")
             self.metrics = Metrics(
-                self.output, total_steps, start_step=self.step, evaluate_again=self.evaluation_due,
-                loggers=logger_factories(cfg.SOLVER.LOGGERS, self.output, self.step, run, settings),
-                peak_images_per_s=images_per_s_at_peak(cfg, ranks.world_size), startup=self.startup,
+                self.output, total_steps, start_step=self.step, log_period=cfg.SOLVER.LOG_PERIOD,
+                evaluate_again=self.evaluation_due, startup=self.startup,
+                loggers=logger_factories(cfg.SOLVER.LOGGERS, self.output, self.step, run, cfg.model_dump(mode="json")),
+                peak_images_per_s=images_per_s_at_peak(cfg, ranks.world_size),
             )  # fmt: skip
         else:
             self.metrics = Metrics(self.output, total_steps, enabled=False)

@@ -4,6 +4,7 @@
 Reading one runs no code, so a checkpoint may come from anyone. Importing this does not import torch.
 """
 
+import re
 from pathlib import Path
 
 from fusionreid.errors import ReIDError
@@ -11,6 +12,7 @@ from fusionreid.sealed import entries, unseal
 
 FORMAT = 1
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", ".safetensors"
+CHECKPOINT = re.compile("step-[0-9]{8,}")  # name of a folder
 
 
 class CheckpointError(ReIDError, RuntimeError):
@@ -24,9 +26,10 @@ class DamagedError(CheckpointError):
 
 
 def verify_around(file: Path) -> None:
-    """Verify the checkpoint that a file of tensors is part of, if it is part of one."""
-    if file.suffix == TENSORS and (file.parent / STATE).exists():
-        verify(file.parent)
+    """Verify the checkpoint that a file of tensors is part of, if it is part of one, whatever of it is left."""
+    folder = file.resolve().parent
+    if file.suffix == TENSORS and ((folder / STATE).exists() or CHECKPOINT.fullmatch(folder.name)):
+        verify(folder)
 
 
 def verify(path: Path) -> list[str]:
@@ -41,6 +44,8 @@ def verify(path: Path) -> list[str]:
                 f"{path} has checkpoint format {version}, this is {FORMAT}: use the version it is from"
             )
         files = manifest["files"]
+        if STATE not in files:
+            raise ValueError(f"it does not list {STATE}")
         found = entries(path / name for name in files)  # by file name: one with a folder in it is not found
         for name in files:
             if found[name] != files[name]:

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from fusionreid.backbones.resnet import TimmCNN
 from fusionreid.backbones.t2t import T2TViT
 from fusionreid.backbones.vit import ViT
 from fusionreid.config import ModelConfig
+from fusionreid.errors import ReIDError
 from fusionreid.model import FusionReID, build_transformer
 from fusionreid.weights.formats import Layout, best_prefix, fit_positions, read_state, renamed
-from fusionreid.weights.pretrained import CHECKPOINT_FILES, WeightsError, check_weights
+from fusionreid.weights.named import find_weights
+from fusionreid.weights.pretrained import CHECKPOINT_FILES, NONE, WeightsError, check_weights
 
 __all__ = [
     "LoadReport",
@@ -144,22 +146,30 @@ def _share(names: Mapping[str, Any]) -> str | None:
 def load_pretrained(model: FusionReID, config: ModelConfig) -> list[LoadReport]:
     """Start the model as MODEL.PRETRAIN_CHOICE says.
 
-    imagenet: each branch from the file of PRETRAIN_PATH_R or _T; checkpoint: all of it from PRETRAIN_PATH.
+    imagenet: each branch from what PRETRAIN_PATH_R or _T names, a file, weights of timm, or none; checkpoint: all of it
+    from PRETRAIN_PATH.
     """
     check_weights(config)
     if config.PRETRAIN_CHOICE == "checkpoint":
         return [load_finetune(model, config.PRETRAIN_PATH)]
-    branches = ((model.cnn, config.PRETRAIN_PATH_R), (model.transformer, config.PRETRAIN_PATH_T))
-    wanted = branches if config.PRETRAIN_CHOICE == "imagenet" else ()
-    return [load_imagenet(branch, path) for branch, path in wanted if branch is not None]
+    if config.PRETRAIN_CHOICE == "none":
+        return []
+    branches = (("R", model.cnn, config.PRETRAIN_PATH_R), ("T", model.transformer, config.PRETRAIN_PATH_T))
+    reports = []
+    for key, branch, path in branches:
+        if branch is not None and path != NONE:
+            named = find_weights(config, key)
+            report = load_imagenet(branch, named.path if named else path)
+            reports.append(replace(report, source=named.pinned) if named else report)
+    return reports
 
 
 def load_imagenet(backbone: nn.Module, path: str | Path) -> LoadReport:
     """Start a backbone from a `.pth` or `.safetensors` file.
 
     It may be of timm, torchvision, IBN-Net, DeiT, T2T-ViT, DINO, CLIP (as released, or trained by CLIP-ReID) or MoCo.
-    Position tables are resized as published. Raises `WeightsError` if the file fits less than half of the backbone, or
-    lacks its first layer.
+    Position tables are resized as published. Raises `WeightsError` if the file lacks a layer of the backbone or has it
+    in another shape, since it is of another architecture then.
     """
     target = backbone.body if isinstance(backbone, TimmCNN) else backbone
     state = read_state(path)
@@ -168,7 +178,8 @@ def load_imagenet(backbone: nn.Module, path: str | Path) -> LoadReport:
     theirs = {ours: state[name] for ours, name in names.items() if name in state}
     _require_floats(theirs, target.state_dict(), str(path))
     resized = fit_positions(theirs, _layout(target)) if isinstance(target, ViT) else []
-    return _load(target, theirs, resized, [name for name in state if name not in names.values()], str(path))
+    unused = [name for name in state if name not in names.values()]
+    return _load(target, theirs, _layers(target), resized, unused, str(path))
 
 
 def load_finetune(model: FusionReID, path: str | Path) -> LoadReport:
@@ -189,7 +200,10 @@ def load_finetune(model: FusionReID, path: str | Path) -> LoadReport:
     if model.transformer is not None and "transformer.pos_embed" in theirs:
         layout = _saved_layout(settings) if own else None
         resized = fit_positions(theirs, _layout(model.transformer), layout, prefix="transformer.")
-    return _load(model, theirs, resized, [name for name in state if name not in names.values()], str(path))
+    branches = ("cnn", model.cnn), ("transformer", model.transformer)
+    first = [f"{name}.{_layers(branch)[0]}" for name, branch in branches if branch is not None]
+    unused = [name for name in state if name not in names.values()]
+    return _load(model, theirs, first, resized, unused, str(path))
 
 
 def _saved_layout(path: Path) -> Layout:
@@ -199,7 +213,7 @@ def _saved_layout(path: Path) -> Layout:
         section = ModelConfig.model_validate_json(json.dumps(config["MODEL"]))
         with torch.device("meta"):
             saved = build_transformer(section, tuple(config["INPUT"]["SIZE_TRAIN"]), num_cameras=1)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError, ReIDError) as error:
         raise WeightsError(
             f"{path}: must hold the configuration of the checkpoint, reading it says: {error}"
         ) from error
@@ -207,23 +221,23 @@ def _saved_layout(path: Path) -> Layout:
 
 
 def _require_floats(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], source: str) -> None:
-    strange = [n for n, v in theirs.items() if ours[n].is_floating_point() and not v.is_floating_point()]
+    floats = {name: value for name, value in theirs.items() if ours[name].is_floating_point()}
+    strange = [name for name, value in floats.items() if not value.is_floating_point() or value.dtype.itemsize < 2]
     if strange:
         raise WeightsError(
             f"{source}: {len(strange)} entries hold {theirs[strange[0]].dtype} where the model has "
             f"{ours[strange[0]].dtype}, the first is {strange[0]}; quantised weights must be saved as float again"
         )
+    if broken := [name for name, value in floats.items() if not value.is_meta and not value.isfinite().all()]:
+        raise WeightsError(
+            f"{source}: {len(broken)} entries are not finite, the first is {broken[0]}: the file is damaged, or the "
+            "training that wrote it had failed; use another"
+        )
 
 
-def _first_layers(target: nn.Module) -> list[str]:
-    """Name the weights that see the pixels: of every branch, the first convolution or linear layer."""
-    branches = [("cnn.", target.cnn), ("transformer.", target.transformer)] if isinstance(target, FusionReID) else []
-    found = []
-    for prefix, branch in branches or [("", target)]:
-        layers = branch.named_modules() if branch is not None else ()
-        kinds = nn.Conv2d | nn.Linear
-        found += [f"{prefix}{name}.weight" for name, module in layers if isinstance(module, kinds)][:1]
-    return found
+def _layers(module: nn.Module) -> list[str]:
+    """Name the weights of its convolutions and linear layers; the first of them sees the pixels."""
+    return [f"{name}.weight" for name, part in module.named_modules() if isinstance(part, nn.Conv2d | nn.Linear)]
 
 
 def _layout(model: ViT) -> Layout:
@@ -231,25 +245,39 @@ def _layout(model: ViT) -> Layout:
 
 
 def _load(
-    target: nn.Module, theirs: Mapping[str, Tensor], resized: list[str], unused: list[str], source: str
+    target: nn.Module,
+    theirs: Mapping[str, Tensor],
+    needed: Sequence[str],
+    resized: list[str],
+    unused: list[str],
+    source: str,
 ) -> LoadReport:
-    """Load what has the right shape; `theirs` goes by our names, `unused` are the file's other entries."""
+    """Load what has the right shape; `theirs` goes by our names, `unused` are the file's other entries.
+
+    WeightsError: a layer that is `needed` does not fit, or a weight is not finite.
+    """
     ours = target.state_dict()
     fits = {name: value for name, value in theirs.items() if value.shape == ours[name].shape}
     essential = [name for name in ours if not name.endswith(("num_batches_tracked", "sie_embed"))]
     fitting = sum(name in fits for name in essential)
+    head = f"{source}: fits {fitting} of {len(essential)} entries of the {type(target).__name__}"
     if 2 * fitting < len(essential):
         raise WeightsError(
-            f"{source}: fits {fitting} of {len(essential)} entries of the {type(target).__name__}, at least half must; "
-            f"the file has {', '.join([*unused, *theirs][:3])}, ..., the model {', '.join(essential[:3])}, ..."
+            f"{head}, at least half must; the file has {', '.join([*unused, *theirs][:3])}, ..., the model "
+            f"{', '.join(essential[:3])}, ..."
         )
-    if lost := [name for name in _first_layers(target) if name not in fits]:
+    if lost := [name for name in needed if name not in fits]:
         found = f"has the shape {tuple(theirs[lost[0]].shape)}" if lost[0] in theirs else "is not in the file"
-        raise WeightsError(
-            f"{source}: fits {fitting} of {len(essential)} entries of the {type(target).__name__}, but its first layer "
-            f"{lost[0]} {tuple(ours[lost[0]].shape)} {found}: all after it would work on noise; the file also has "
-            f"{', '.join(unused[:5]) or 'no other entries'}"
-        )
+        if lost[0] == needed[0]:
+            what = f"its first layer {lost[0]} {tuple(ours[lost[0]].shape)} {found}: all after it would work on noise"
+        else:
+            what = (
+                f"{len(lost)} of {len(needed)} layers are of another architecture: {lost[0]} "
+                f"{tuple(ours[lost[0]].shape)} {found}; set MODEL.RES_NAME, RES_MODE or TRANSFORMER_TYPE to what it is"
+            )
+        raise WeightsError(f"{head}, but {what}; the file also has {', '.join(unused[:5]) or 'no other entries'}")
+    if spoilt := [name for name, value in fits.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise WeightsError(f"{source}: {len(spoilt)} entries hold NaN or infinity, the first is {spoilt[0]}")
     target.load_state_dict(fits, strict=False)
     return LoadReport(
         source,

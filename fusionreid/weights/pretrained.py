@@ -1,11 +1,17 @@
 """Are the weight files there? Asked before torch is loaded, so that a placeholder path costs no time."""
 
+import re
 from pathlib import Path
 
 from fusionreid.config import ModelConfig
 from fusionreid.errors import ReIDError
 from fusionreid.weights.checkpoint_files import MANIFEST, STATE
 
+AUTO, NONE = "auto", "none"  # in place of a file: timm's weights of the backbone, or random ones
+NAME = re.compile(  # of a model of timm, with the digest of its file
+    r"(?P<name>(?!none$)[a-z]\w*(?:\.(?!(?:pth|pt|bin|ckpt|tar|th|npz|pkl|safetensors)\b)\w+)?)"
+    r"(?:@sha256:(?P<digest>[0-9a-f]{64}))?"
+)
 CHECKPOINT_FILES = ("model.safetensors", STATE, MANIFEST)
 
 
@@ -30,8 +36,11 @@ def check_weights(config: ModelConfig) -> None:
     missing = [
         f"MODEL.PRETRAIN_PATH_{key}: no such file: {path!r}"
         for used, key, path in branches
-        if used and not Path(path).is_file()
+        if used and path != NONE and not Path(path).is_file() and not NAME.fullmatch(path)
     ]
     if missing:
-        remedies = "Download the weights and set the path, or start from random weights: MODEL.PRETRAIN_CHOICE none"
+        remedies = (
+            "Set the path of a file, the name of a model of timm, or auto, which fetches timm's weights of the "
+            "backbone; or start from random weights: MODEL.PRETRAIN_CHOICE none"
+        )
         raise WeightsError("\n".join([*missing, remedies]))

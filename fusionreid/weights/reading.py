@@ -27,6 +27,7 @@ NESTS = (  # dictionaries of a training state that hold weights, the better ones
 )
 DEPTH = 32  # dictionaries in dictionaries that are looked into
 HEAD = 512  # bytes that tell the format
+QUOTED = 60  # of them in a message
 PICKLE_LIMIT = 1 << 26  # bytes of the pickle in a file of torch.save: it holds names and shapes only
 UNPACKED = 4  # times its size on the disk, and SLACK, may be the size of what a file holds
 SLACK = 1 << 24
@@ -72,10 +73,11 @@ def _look(path: str | Path) -> tuple[int, bytes, bytes]:
         raise WeightsError(f"{path}: no such weight file") from None
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror}") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise _refusal(path, "it is no regular file" if not stat.S_ISDIR(status.st_mode) else "it is a folder")
     with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise _refusal(path, "it is no regular file")
         head = file.read(HEAD)
         file.seek(max(0, status.st_size - HEAD))
         return status.st_size, head, file.read(HEAD)
@@ -87,7 +89,7 @@ def _content(path: Path, size: int, head: bytes, tail: bytes) -> object:
     for start, what in FOREIGN.items():
         if head.startswith(start):
             raise _refusal(path, f"it is {what}")
-    if head.lstrip()[:1] == b"<":
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<":
         raise _refusal(path, "it is a web page: the link has moved or wants a login, so download the file by hand")
     if head[257:262] == b"ustar":
         raise _refusal(path, "it is a tar archive: unpack it")
@@ -105,8 +107,9 @@ def _content(path: Path, size: int, head: bytes, tail: bytes) -> object:
         raise _refusal(path, f"it is {CUT}") from error
     if head[8:9] == b"{":
         raise _refusal(path, f"it is {CUT}")
-    text = head.isascii() and b"\0" not in head
-    raise _refusal(path, "it is a text" if text else "its first bytes are of no format of weights that is known here")
+    if head.isascii() and b"\0" not in head:
+        raise _refusal(path, f"it is a text that begins with {head[:QUOTED].decode()!a}")
+    raise _refusal(path, "its first bytes are of no format of weights that is known here")
 
 
 def _zipped(path: Path, size: int) -> object:

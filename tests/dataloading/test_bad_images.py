@@ -163,6 +163,14 @@ def test_processes_that_name_files_at_once_lose_none(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f".{FILE}.lock", FILE]
 
 
+@pytest.mark.parametrize("content", ["{}", "[1]", "null", '[{"path": 3}]', "[" * 100_000, '"\\ud800"', ""])
+def test_a_forged_list_is_written_anew(tmp_path, content):
+    (tmp_path / FILE).write_text(content)
+    rule = BadImages("skip", tmp_path, total=100_000)
+    rule.report_late(Record("/a.jpg", 1, 0), ValueError("x"), Record("/other.jpg", 1, 0))
+    assert [line["path"] for line in listed(tmp_path)] == ["/a.jpg"]
+
+
 def test_a_file_is_named_where_only_what_is_open_for_writing_can_be_locked(tmp_path, monkeypatch):
     """As on NFS."""
 

@@ -29,6 +29,7 @@ def test_csv(tmp_path):
     ("text", "message"),
     [
         ("", "lacks path, person, split in its header, which has nothing"),
+        ("[" * 200_000, "lacks path, person, split in its header, which has nothing"),
         ("path,person,split\n", "no images for query"),
         (
             "path,person,camera,split\na.jpg,1,1,train\nb.jpg,1,1,test\n",
@@ -115,7 +116,7 @@ def test_all_faults_are_told_in_one_run(tmp_path):
     ]  # fmt: skip
     assert "line 2: a quote is not closed" in str(caught.value)
     (tmp_path / "list.csv").write_text("path,person,camera,split\n" + "a.jpg,,1,train\n" * 50)
-    with pytest.raises(DataError, match=r"(?s)line 21: .*and more$") as caught:
+    with pytest.raises(DataError, match=r"(?s)has 50 rows .*line 21: .*and 30 more$") as caught:
         read("csv", tmp_path / "list.csv")
     assert len(str(caught.value).splitlines()) == 22
 
@@ -174,3 +175,50 @@ def test_a_control_character_is_never_printed(tmp_path):
 def test_query_and_gallery_alone_can_be_evaluated(tmp_path):
     split = listed(tmp_path, [HEADER, *ROWS[1:]])
     assert (split.train, len(split.query), len(split.gallery)) == ((), 1, 1)
+
+
+def test_a_test_part_is_for_train_data_alone(tmp_path):
+    rows = [(*row[:3], "test" if row[3] != "train" else "train") for row in ROWS]
+    with pytest.raises(DataError, match=r"got 'test' for 'b.jpg'; train --data divides a test by itself"):
+        listed(tmp_path, [HEADER, *rows])
+
+
+@pytest.mark.parametrize(("name", "start", "message"), [
+    ("a.zip", b"PK\x03\x04", "no list but a ZIP archive or a spreadsheet"), ("a.csv.gz", b"\x1f\x8b", "gzip"),
+    ("a.json", b"[{}]", "no list but JSON"), ("a.jpg", b"\xff\xd8\xff\xe0\0\x10JFIF\0", "an image: name the folder"),
+    ("a.bin", b"\x01\x02\0\x03abcdefgh", "a binary file"), ("a.html", b"<html>", "a web page"),
+])  # fmt: skip
+def test_what_is_no_list_is_named(tmp_path, name, start, message):
+    (tmp_path / name).write_bytes(start)
+    with pytest.raises(DataError, match=message):
+        read("csv", tmp_path / name)
+
+
+def test_columns_taken_by_another_name_or_not_at_all_are_told(tmp_path):
+    numbered = [(str(i), *row) for i, row in enumerate(ROWS)]
+    split = listed(tmp_path, [("id", "filename", "label", "cam", "split"), *numbered])
+    assert summary(split) == EXPECTED
+    assert split.note == "path from 'filename'; person from 'label'; camera from 'cam'; not read: 'id'"
+    with pytest.raises(DataError, match="has the column 'person' twice"):
+        listed(tmp_path, [(*HEADER, "Person"), *((*row, "x") for row in ROWS)])
+
+
+def test_what_windows_writes_is_read(tmp_path):
+    """Names in cp1252, beside files whose names are UTF-8; addresses of files."""
+    make(tmp_path, "é/a.jpg", "b c.jpg")
+    rows = [("é\\a.jpg", "José", "1", "train"), (f"file://{tmp_path}/b%20c.jpg", "x", "1", "query")]
+    rows += [(path, "x", "2", "gallery") for path in ("./d.jpg", "e//../d.jpg", "d.jpg")]
+    split = listed(tmp_path, [HEADER, *rows], encoding="cp1252")
+    assert split.train[0].path == f"{tmp_path}/é/a.jpg"
+    assert split.person_names[1] == "José"
+    assert split.query[0].path == f"{tmp_path}/b c.jpg"
+    assert len(split.gallery) == 2  # one more, since beyond a link .. may lead elsewhere
+
+
+@pytest.mark.parametrize("missing", ["nan", "None", "<NA>", "unknown"])
+def test_what_is_not_known_is_no_name(tmp_path, missing):
+    rows = [HEADER, *ROWS, ("e.jpg", missing, "door", "train")]
+    assert list(listed(tmp_path, rows).left_out.values()) == [(f"{tmp_path}/e.jpg",)]
+    assert listed(tmp_path, [HEADER, *((*row[:2], missing, row[3]) for row in ROWS)]).camera_names == {}
+    with pytest.raises(DataError, match="1 of 3 images name no camera"):
+        listed(tmp_path, [HEADER, (*ROWS[0][:2], missing, "train"), *ROWS[1:]])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusionreid.dataloading import Split, decode_workers
+from fusionreid.dataloading import Split, shared_memory
 from fusionreid.dataloading.decode import BICUBIC
 from fusionreid.dataloading.decode_workers import DecodeWorkers
 from tests import ROOT
@@ -132,17 +132,17 @@ def test_workers_end_with_their_parent_however_it_ends(split, tmp_path):
 
 def test_too_little_shared_memory_is_told_before_workers_start(tmp_path, monkeypatch):
     """As in a container with Docker's 64 MB: a worker would die of SIGBUS, and the main process wait for it."""
-    monkeypatch.setattr(decode_workers, "SHARED", Path("/proc"))  # has no room at all
+    monkeypatch.setattr(shared_memory, "SHARED", Path("/proc"))  # has no room at all
     pixels = DecodeWorkers([str(tmp_path / "a.jpg")], (16, 16), BICUBIC, 2, fallback=lambda _: None)
-    with pytest.raises(decode_workers.NoRoomForBatchesError, match="or set DATALOADER") as no:
+    with pytest.raises(shared_memory.NoRoomForBatchesError, match="or set DATALOADER") as no:
         next(pixels([np.zeros(1, np.int64)]))
     assert no.value.exit_code == 6
     assert "2 decode workers need 0.00 GB" in str(no.value)
-    check = decode_workers.check_shared_memory
+    check = shared_memory.check_shared_memory
     assert check(0, 2**40) == "decoding needs no shared memory"
-    monkeypatch.setattr(decode_workers, "SHARED", tmp_path)
-    free = decode_workers.shutil.disk_usage(tmp_path).free
+    monkeypatch.setattr(shared_memory, "SHARED", tmp_path)
+    free = shared_memory.shutil.disk_usage(tmp_path).free
     assert "decode workers need" in check(4, free // 100)
     assert check(10**6, free // 100, num_batches=2)  # never more than there are
-    with pytest.raises(decode_workers.NoRoomForBatchesError):
+    with pytest.raises(shared_memory.NoRoomForBatchesError):
         check(51, free // 100)

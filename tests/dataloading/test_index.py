@@ -115,6 +115,17 @@ def test_a_damaged_index_is_made_anew(tmp_path, damage):
     assert json.loads(whole.split(b"\n")[1])["a.jpg"][:2] == [len(JPEG), os.stat(paths[0]).st_mtime_ns]
 
 
+@pytest.mark.parametrize("content", [[], {"a.jpg": 1}, {"a.jpg": ["x"] * 10}, {"a.jpg": [2**80] * 3}, {"a.jpg": [[]]}])
+def test_a_forged_index_is_made_anew(tmp_path, content):
+    paths = write(tmp_path, {"a.jpg": JPEG})
+    first = scan(str(tmp_path), paths)
+    text = json.dumps(content).encode()
+    (tmp_path / FILE).write_bytes(index._digest(text) + b"\n" + text)
+    assert scan(str(tmp_path), paths) == first
+    mark_bad(str(tmp_path), paths[0], "spoilt")
+    assert scan(str(tmp_path), paths)[paths[0]].fault == "spoilt"
+
+
 def test_an_index_that_cannot_be_written_harms_nothing(tmp_path, monkeypatch):
     paths = write(tmp_path, {"a.jpg": JPEG})
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from fusionreid.dataloading import DataError, Split
-from fusionreid.dataloading.own_data import fit_sizes, read_own_data, write_list
+from fusionreid.dataloading.account import write_list
+from fusionreid.dataloading.own_data import fit_sizes, read_own_data
 from fusionreid.dataloading.records import PARTS
 from tests.dataloading.test_folder import make, read
 
@@ -34,7 +35,7 @@ def write(root: Path, layout: str) -> Path:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_is_found_and_divided_by_persons(tmp_path, layout):
-    split, decisions, divided = read_own_data(write(tmp_path / "own", LAYOUTS[layout]))
+    split, decisions, divided, _ = read_own_data(write(tmp_path / "own", LAYOUTS[layout]))
     assert divided
     assert (split.found, split.used, split.left_out) == (72, 72, {})
     train, test = ({r.person for r in records} for records in (split.train, (*split.query, *split.gallery)))
@@ -67,14 +68,14 @@ def test_what_is_divided_already_stays_so(tmp_path):
     make(tmp_path / "f", "train/a/c1.jpg", "query/b/c1.jpg", "gallery/b/c2.jpg")
     make(tmp_path / "m", "bounding_box_train/1_c1.jpg", "query/2_c1.jpg", "bounding_box_test/2_c2.jpg")
     for folder in ("f", "m"):
-        split, _, divided = read_own_data(tmp_path / folder)
+        split, _, divided, _ = read_own_data(tmp_path / folder)
         assert (divided, len(split.train), len(split.query), len(split.gallery)) == (False, 1, 1, 1)
 
 
 def test_a_list_without_a_split_is_divided(tmp_path):
     rows = [f"{p}/{c}.jpg,{p},{c}" for p, c in product(PERSONS, CAMERAS)]
     (tmp_path / "list.csv").write_text("\n".join(["path,person,camera", *rows]))
-    split, _, divided = read_own_data(tmp_path / "list.csv")
+    split, _, divided, _ = read_own_data(tmp_path / "list.csv")
     assert (divided, split.used, len(split.query), len(split.gallery)) == (True, 36, 3, 6)
 
 
@@ -85,7 +86,7 @@ def test_tracks_are_no_cameras_and_loose_images_are_named(tmp_path):
         "loose.jpg",
         "-1/x/1.jpg",
     )
-    split, decisions, _ = read_own_data(tmp_path)
+    split, decisions, *_ = read_own_data(tmp_path)
     assert "tracks or days" in decisions[0]
     assert "no cameras named" in split.note
     assert {reason: len(paths) for reason, paths in split.left_out.items()} == {
@@ -103,7 +104,7 @@ def test_distractors_of_market_are_not_trained_on(tmp_path):
 
 def test_one_camera_alone_is_no_camera(tmp_path):
     make(tmp_path, *(f"{p}/cam1/{n}.jpg" for p, n in product(PERSONS, NUMBERS)))
-    split, decisions, _ = read_own_data(tmp_path)
+    split, decisions, *_ = read_own_data(tmp_path)
     assert "no person was taken by two cameras" in decisions[1]
     assert ({r.camera for r in split.query}, {r.camera for r in split.gallery}) == ({0}, {1})
 
@@ -120,3 +121,28 @@ def test_sizes_fit_persons_and_images(tmp_path):
     sizes = fit_sizes(read_own_data(write(tmp_path / "own", LAYOUTS["cameras in names of files"])).split)
     assert (sizes.batch, sizes.instances, sizes.epochs) == (36, 4, 120)
     assert sizes.reasons[0] == "DATALOADER.NUM_INSTANCE 4: half of the persons have 6 images or fewer"
+
+
+def test_what_is_unclear_is_left_out_and_told_before_the_division(tmp_path):
+    """Persons who may be two, images of two persons, rows that cannot be read; cameras that may be two become one."""
+    rows = [(f"{p}{c}{n}.jpg", p, c) for p, c, n in product(PERSONS, ("cam1", "2"), NUMBERS)]
+    rows += [("x1.jpg", "9", "1"), ("x2.jpg", "9", "2"), (rows[0][0], "0007", "cam1"), ("y.jpg", "", "2")]
+    rows += [("z.jpg", "0003", "1")]
+    (tmp_path / "list.csv").write_text("\n".join(["path,person,camera", *map(",".join, rows)]))
+    own = read_own_data(tmp_path / "list.csv")
+    faults = "\n".join(own.faults)
+    for text in ("1 rows that cannot be used", "line 53: person must not be empty", "1 images belong to two persons"):
+        assert text in faults
+    for text in ("1 persons may be spelt in two ways: '0009' (4) = '9' (2)", "1 cameras may be spelt in two ways"):
+        assert text in faults
+    assert {reason: len(paths) for reason, paths in own.split.left_out.items()} == {
+        "given to two persons or cameras": 1,
+        "its person may be spelt in two ways": 6,
+    }
+    assert (own.split.used, len(own.split.camera_names)) == (44, 2)
+    assert not {"9", "0009"} & {*own.split.person_names.values()}
+    write_list(own.split, tmp_path / "clean.csv")
+    assert ids(read("csv", tmp_path / "clean.csv")) == ids(own.split)
+    (tmp_path / "list.csv").write_text("path,person\na.jpg,\nb.jpg,b\n")
+    with pytest.raises(DataError, match=r"(?s)1 rows that cannot be used.*at least 3 persons are needed"):
+        read_own_data(tmp_path / "list.csv")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fusionreid.dataloading.plan import epoch_plan, rectangle
+from fusionreid.dataloading.plan import epoch_plan, rectangle, total_steps
 from fusionreid.dataloading.records import DataError
 from tests.numerics import FIXTURES
 
@@ -145,3 +145,12 @@ def test_rectangles_as_recorded():
             fits = rows < 256 and cols < 128
         top, left = draw.randint(0, 256 - rows), draw.randint(0, 128 - cols)
         assert [top, left, rows, cols] == expected
+
+
+def test_the_steps_of_all_epochs_are_counted_though_epochs_differ():
+    labels = np.repeat(np.arange(30), np.random.default_rng(0).integers(1, 40, 30))
+    batch = {"persons_per_batch": 4, "instances": 4, "seed": 1}
+    steps = [epoch_plan(labels, **batch, epoch=epoch, height=32, width=16).num_steps for epoch in range(1, 21)]
+    assert len(set(steps)) > 1
+    assert total_steps(labels, **batch, epochs=20) == sum(steps) != 20 * steps[0]
+    assert total_steps(labels, **batch, epochs=10**6) == pytest.approx(10**6 * np.mean(steps), rel=0.01)

@@ -90,6 +90,12 @@ def test_other_contents_are_left_alone(root: Path, tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"mine")
     with pytest.raises(DataError, match="files of other origin"):
         render_dataset(tmp_path, **SMALL)
+    for content in ("[" * 100_000, f'["{"x" * 10_000}"]'):
+        (tmp_path / "synthetic.json").write_text(content)
+        with pytest.raises(DataError, match=r"going by its synthetic\.json") as caught:
+            render_dataset(tmp_path, **SMALL)
+        assert len(str(caught.value)) < 1000
+    (tmp_path / "synthetic.json").unlink()
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
 
 

@@ -27,7 +27,7 @@ def test_alone_it_prints_an_overview(capsys) -> None:
     assert ask(capsys, "--help") == (0, overview, "")
     for name in cli.COMMANDS:
         assert f"    {name} " in overview
-        assert f" fusionreid {name} --" in overview  # an example
+        assert f" fusionreid {name} {cli.build()[1][name][0].examples[0]}" in overview
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

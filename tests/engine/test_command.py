@@ -44,6 +44,7 @@ class FromBelow(BaseException):
     (DamagedError("model.safetensors is damaged"), 3, "error: model.safetensors is damaged"),
     (StorageError("no room"), 4, "error: no room"),
     (OSError(28, "No space left on device", "report.html"), 4, "'report.html': make room"),
+    (IsADirectoryError(21, "Is a directory", "metrics.json"), 4, "'metrics.json': remove what is in its place"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 6, "SOLVER.IMS_PER_BATCH 64: try 32"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate"), 6, "host memory, peak"),
     (MemoryError(), 6, "IMS_PER_BATCH 64: try 32, by an estimate"),

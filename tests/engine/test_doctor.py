@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fusionreid.dataloading import decode_workers
+from fusionreid.dataloading import shared_memory
 from fusionreid.dataloading.decode import BICUBIC, decode
 from fusionreid.dataloading.records import DataError
 from fusionreid.engine import preflight
@@ -52,7 +52,7 @@ def test_processes_that_would_mine_among_one_person_are_not_offered(root, tmp_pa
 def test_everything_wrong_is_told_at_once(root, tmp_path, capfd, monkeypatch):
     (tmp_path / "out").write_text("")
     monkeypatch.setattr(preflight, "NEEDED", ("torch", "nosuchpackage"))
-    monkeypatch.setattr(decode_workers, "SHARED", Path("/proc"))  # no room at all
+    monkeypatch.setattr(shared_memory, "SHARED", Path("/proc"))  # no room at all
     keys = {"DATALOADER__NUM_WORKERS": 2, "MODEL__PRETRAIN_CHOICE": "imagenet", "TEST__WEIGHT": tmp_path / "none.pth"}
     assert main(arguments(root, tmp_path / "out", **keys)) == 2
     text, errors = capfd.readouterr()
@@ -169,13 +169,16 @@ def test_a_checkpoint_that_training_would_refuse_is_wrong_here_too(root, tmp_pat
     assert main(arguments(root, tmp_path, SOLVER__MAX_EPOCHS=1, SOLVER__EVAL_PERIOD=1)) == 3
     assert "best.json is damaged" in capfd.readouterr().out
     best.write_text(kept)
-    for key, value in {"SOLVER__BASE_LR": 0.5, "MODEL__MIX_DIM": 48}.items():
-        argv = arguments(root, tmp_path, SOLVER__MAX_EPOCHS=1, SOLVER__EVAL_PERIOD=1, **{key: value})
+    for key, value in {"SOLVER__BASE_LR": 0.5, "MODEL__MIX_DIM": 48, "SOLVER__MAX_EPOCHS": 2}.items():
+        argv = arguments(root, tmp_path, **{"SOLVER__MAX_EPOCHS": 1, "SOLVER__EVAL_PERIOD": 1, key: value})
         assert (main(argv), train(argv)) == (3, 3)
         told, refused = capfd.readouterr()
         assert verdicts(told)["checkpoint"] == "WRONG"
         row = next(line for line in refused.splitlines() if line.startswith(f"  {key.replace('__', '.')}"))
         assert row.strip() in told
+    for text in (told, refused):  # of the run that was to be longer
+        assert "More epochs: the learning rate of every step depends on SOLVER.MAX_EPOCHS" in text
+        assert f"MODEL.PRETRAIN_CHOICE checkpoint MODEL.PRETRAIN_PATH {tmp_path}/checkpoints/step-" in text
 
 
 def test_a_test_set_of_one_person_is_a_warning_and_not_ok(tmp_path, capfd):

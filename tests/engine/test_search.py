@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fusionreid import Embedder
-from fusionreid.dataloading import Record
+from fusionreid.dataloading import DataError, Record
+from fusionreid.dataloading.image_files import find_images
 from fusionreid.engine.evaluation import embeddings
 from fusionreid.engine.evaluation.names import Names
 from fusionreid.engine.search import main as search
@@ -196,3 +197,9 @@ def test_stored_names_come_back_and_their_threshold_is_drawn(
     embeddings.save(tmp_path / "old/embeddings", torch.eye(2, 3), records, 0, made)  # before names were kept
     assert search(["--query", str(tmp_path / "old"), "--gallery", str(tmp_path / "old")]) == 0
     assert "b.jpg  2, 2\n" in capsys.readouterr().out
+
+
+def test_a_run_that_was_not_evaluated_says_so(tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    with pytest.raises(DataError, match="a run can be searched once it was evaluated"):
+        find_images(tmp_path / "run")

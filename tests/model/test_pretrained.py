@@ -14,7 +14,7 @@ from fusionreid.weights import WeightsError, check_weights
 def test_placeholders_are_named_with_key_and_remedies() -> None:
     with pytest.raises(WeightsError) as error:
         check_weights(ModelConfig())
-    for text in ("MODEL.PRETRAIN_PATH_R", "MODEL.PRETRAIN_PATH_T", "Download", "MODEL.PRETRAIN_CHOICE none"):
+    for text in ("MODEL.PRETRAIN_PATH_R", "MODEL.PRETRAIN_PATH_T", "auto, which fetches", "MODEL.PRETRAIN_CHOICE none"):
         assert text in str(error.value)
     assert error.value.exit_code == 2
 

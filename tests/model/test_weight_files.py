@@ -246,11 +246,20 @@ def test_weights_without_the_first_layer_are_refused(tmp_path: Path, kind: str, 
     assert_loaded(model, before)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn])
 def test_quantised_weights_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     state = random_state(vit())
     save_file(state | {"pos_embed": torch.zeros(1, 197, 96).to(dtype)}, tmp_path / "weights.safetensors")
     with pytest.raises(WeightsError, match=r"1 entries hold torch\S+ .* the first is pos_embed; quantised"):
+        load_imagenet(vit(), tmp_path / "weights.safetensors")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    state = random_state(vit())
+    state["blocks.0.mlp.fc1.weight"][3, 5] = value
+    save_file(state, tmp_path / "weights.safetensors")
+    with pytest.raises(WeightsError, match=r"1 entries are not finite, the first is blocks\.0\.mlp\.fc1\.weight"):
         load_imagenet(vit(), tmp_path / "weights.safetensors")
 
 

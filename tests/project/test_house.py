@@ -28,6 +28,7 @@ ENGINE = {  # the rooms of the engine, and what each may import besides ENGINE_B
     "checkpoints": {"distributed"},
     "evaluation": {"distributed", "checkpoints"},
     "training": {"distributed", "monitoring", "checkpoints", "evaluation"},
+    "galleries": {"checkpoints", "embedder"},
     "reporting": {"distributed", "monitoring", "checkpoints", "evaluation"},
 }
 LINKS = ("engine", "kernels", "dataloading", "configs")

@@ -23,6 +23,7 @@ from fusionreid.errors import StorageError
 from fusionreid.files import locked
 
 PARAMETERS = "synthetic.json"  # beside the folders: what they were rendered from
+SHOWN = 300  # characters of what is found there instead
 RENDERER = 1  # counts changes of the pictures that the same parameters give
 NOT_WRITABLE = errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST
 DISTRACTORS = 1 << 20  # persons from here on are seen once, in the gallery
@@ -80,11 +81,12 @@ def _complete(root: Path, wanted: dict[str, object]) -> bool:
         return False
     try:
         found = json.loads(read_file(str(root / PARAMETERS)))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         found = "files of other origin"
     if found != wanted:
         raise DataError(
-            f"{printable(root)} holds {found}, not the synthetic data set {wanted}; "
+            f"{printable(root)} holds {str(found)[:SHOWN]}, going by its {PARAMETERS}, "
+            f"not the synthetic data set {wanted}; "
             "remove that folder or choose another DATASETS.ROOT_DIR"
         )
     return True

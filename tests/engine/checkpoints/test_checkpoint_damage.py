@@ -14,7 +14,7 @@ from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.checkpoints.compare import compare
 from fusionreid.engine.checkpoints.retention import Progress
 from fusionreid.sealed import entries, entry, seal
-from fusionreid.weights.checkpoint_files import FORMAT, MANIFEST, CheckpointError, DamagedError
+from fusionreid.weights.checkpoint_files import FORMAT, MANIFEST, STATE, CheckpointError, DamagedError
 from tests.numerics import FIXTURES
 
 FILES = (MANIFEST, "model.safetensors", "optimizer.safetensors", "state.json")
@@ -140,7 +140,7 @@ def test_forged_json_and_names(root: Path) -> None:
         checkpoint.verify(path)
     (path / MANIFEST).unlink()
     os.mkfifo(path / "pipe")
-    (path / MANIFEST).write_bytes(manifest_of({"pipe": {"bytes": 0}}))
+    (path / MANIFEST).write_bytes(manifest_of({STATE: {}, "pipe": {"bytes": 0}}))
     with pytest.raises(DamagedError, match="not a file"):
         checkpoint.verify(path)
 

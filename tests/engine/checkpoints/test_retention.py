@@ -22,10 +22,12 @@ from fusionreid.engine.checkpoints import checkpoint, retention
 from fusionreid.engine.checkpoints.retention import Progress
 from fusionreid.engine.checkpoints.store import CheckpointStore
 from fusionreid.engine.storage import StorageError
+from tests.promises import Tally
 
 PLACES = [(os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"), (checkpoint, "save_file"),
           (Path, "mkdir"), (Path, "write_text"), (Path, "write_bytes"), (Path, "unlink")]  # fmt: skip
 EVAL_PERIOD = 2  # steps
+RUNS = 2000  # of the sweep
 FAULTS = st.tuples(st.sampled_from(["kill", "full"]), st.integers(1, 24))  # which, at which call
 
 
@@ -203,8 +205,11 @@ def test_nothing_is_lost_in_a_hundred_random_runs() -> None:
 
 
 @pytest.mark.sweep
-def test_nothing_is_lost_in_two_thousand_random_runs() -> None:
-    run(2000)
+@pytest.mark.promise("Random sequences of training, evaluation, kill, full disk, damage and resumption lose nothing")
+def test_nothing_is_lost_in_two_thousand_random_runs(tally: Tally) -> None:
+    run(RUNS)
+    for number in range(RUNS):
+        tally.add("survived", f"run {number}")
 
 
 def test_the_best_is_the_highest_finite_score_that_has_a_checkpoint() -> None:

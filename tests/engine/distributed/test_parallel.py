@@ -1,5 +1,7 @@
 """On which device a process computes, and in which precision on a CPU."""
 
+import socket
+
 import pytest
 import torch
 from torch import nn
@@ -57,3 +59,16 @@ def test_exact_by_default_means_above_one_process() -> None:
     for value, expected in (("auto", [False, True]), (True, [False, True]), (False, [False, False])):
         assert [parallel.is_exact(ParallelConfig(EXACT=value), ranks) for ranks in (one, two)] == expected
     assert ParallelConfig().EXACT == "auto"
+
+
+def test_an_address_that_another_program_has_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        place = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(parallel.MeetingError, match=rf"cannot meet at 127\.0\.0\.1:{port}: .*MASTER_PORT") as error:
+            parallel.start("cpu")
+    assert error.value.exit_code == 2

@@ -40,6 +40,7 @@ def test_one_copy_to_the_host_and_the_same_numbers_everywhere(tmp_path: Path, mo
     assert values == {"loss": 0.1, "triplet": [1.5, 2.5], "learning_rate": 0.005}  # no images, so no speed
     (line,) = lines(tmp_path)
     assert line.pop("seconds") >= 0
+    assert line.pop("crc32")
     assert line == {"step": 4, **values}
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     points = {tag: [(p.step, p.value) for p in board.Scalars(tag)] for tag in board.Tags()["scalars"]}

@@ -1,19 +1,24 @@
 """The report is drawn from what runs left, alone or compared, and damage to their files is named."""
 
 import json
+import os
+import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fusionreid.dataloading.records import DataError
 from fusionreid.engine.config import load_config
 from fusionreid.engine.report import main as report
-from fusionreid.engine.reporting.run_record import Result, read_log
+from fusionreid.engine.reporting.run_record import Result, read_log, read_run
 from fusionreid.engine.reporting.runs import differences, draw_report, duration, names_of
 from fusionreid.engine.reporting.sections import results_table
+from fusionreid.sealed import write_sealed
 from tests import ROOT
 from tests.runs import arguments
 
@@ -27,8 +32,8 @@ EVIL = "<script>"
 def leave(folder: Path, mean: float, layers: int, epochs: int = 2) -> Path:
     folder.mkdir(parents=True)
     results = {"FusionReID": RESULT | {"mAP": mean}, EVIL: RESULT}
-    (folder / "metrics.json").write_text(json.dumps({"data": EVIL, "split": SPLIT, "results": results}))
-    (folder / "manifest.json").write_text(json.dumps({"config": {"MODEL": {"HTM_LAYER": layers, "MIX_DIM": 768}}}))
+    write_sealed(folder / "metrics.json", {"data": EVIL, "split": SPLIT, "results": results})
+    write_sealed(folder / "manifest.json", {"config": {"MODEL": {"HTM_LAYER": layers, "MIX_DIM": 768}}})
     lines = [{"epoch": i + 1, "loss": loss} for i, loss in enumerate([8.0, None, 4.0][: epochs + 1])]
     lines += [{"epoch": epoch, "step": 9, "eval/mAP": mean / 2, "eval/rank1": 0.5} for epoch in range(epochs)]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
@@ -109,7 +114,8 @@ def test_damaged_log_lines_are_counted(tmp_path: Path, caplog: pytest.LogCapture
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"epoch": 1, "loss": 2}\n{"epoch": 2, "lo')
     assert [line.loss for line in read_log(path)] == [2]
-    assert not caplog.messages, "a run that was killed leaves a part of its last line"
+    assert caplog.messages == [f"{path}: 1 of 2 lines are damaged and left out"]
+    caplog.clear()
     path.write_text('{"epoch": 1, "loss": 2}\n\0\0\0\n{"epoch": "x"}\n{"epoch": 3, "loss": 1}\n')
     assert [line.loss for line in read_log(path)] == [2, 1]
     assert caplog.messages == [f"{path}: 2 of 4 lines are damaged and left out"]
@@ -156,6 +162,42 @@ def test_a_damaged_file_is_named(
     assert report(arguments(tmp_path, run)) == 2
     assert f"{run / file} {named}" in capsys.readouterr().err
     assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "manifest.json", "queries.json"])
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path, name: str) -> None:
+    run, draw, found = leave(tmp_path / "run", 0.625, 2), random.Random(name), 0  # or harmless
+    write_sealed(run / "queries.json", {"measure": "cosine", "queries": [QUERY]})
+    cfg, whole = load_config(os.devnull, [f"OUTPUT_DIR={run}"]), (run / name).read_bytes()
+    draw_report(run, cfg)
+    expected = (run / "report.html").read_bytes()
+    for bit in draw.sample(range(8 * len(whole)), 150):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        (run / name).write_bytes(data)
+        try:
+            draw_report(run, cfg)
+        except DataError as error:
+            found += name in str(error)
+        else:
+            found += (run / "report.html").read_bytes() == expected
+    assert found == 150
+
+
+@pytest.mark.parametrize("place", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path.name)])
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path: Path, place: Callable[[Path], None]) -> None:
+    run = leave(tmp_path / "run", 0.625, 2)
+    (run / "manifest.json").unlink()
+    place(run / "manifest.json")
+    with pytest.raises(DataError, match=r"manifest\.json is damaged: .*not? "):
+        read_run(run, "run")
+
+
+def test_a_training_without_its_manifest_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = leave(tmp_path / "run", 0.625, 2)
+    (run / "manifest.json").unlink()
+    assert read_run(run, "run").settings == {}
+    assert caplog.messages == [f"{run / 'manifest.json'} is missing: the settings of this training are not known"]
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ def test_every_evaluation_is_a_line_and_a_point_of_each_curve(root: Path, tmp_pa
     assert train(arguments(root, tmp_path, SOLVER__EVAL_PERIOD=1)) == 0
     lines = evaluations(tmp_path)
     assert [line["epoch"] for line in lines] == [1, 2, 3]
-    assert all(line.keys() == {"step", "epoch", *MEASURES} for line in lines)
+    assert all(line.keys() == {"step", "epoch", "crc32", *MEASURES} for line in lines)
     assert all(0 < line["eval/mAP"] <= 1 and line["eval/rank1"] <= line["eval/rank10"] for line in lines)
     best = checkpoint.best(tmp_path / "checkpoints")
     assert best is not None

@@ -126,6 +126,6 @@ def fit_sizes(split: Split) -> Sizes:
     reasons = (
         f"DATALOADER.NUM_INSTANCE {instances}: half of the persons have {usual} images or fewer",
         f"SOLVER.IMS_PER_BATCH {batch}: {persons} persons with {instances} images each, of {split.num_persons}",
-        f"SOLVER.MAX_EPOCHS {epochs}: about {steps} steps each, {epochs * steps:,} in all",
+        f"SOLVER.MAX_EPOCHS {epochs}: about {steps} step{'' if steps == 1 else 's'} each, {epochs * steps:,} in all",
     )
     return Sizes(batch, instances, epochs, reasons)

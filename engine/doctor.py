@@ -46,7 +46,7 @@ def options(parser: ArgumentParser) -> None:
 COMMAND = Command(
     doctor,
     "check data, weights, disk and memory before training",
-    "Check what a training needs, piece by piece, and name everything that would stop it.",
+    "Check everything that training needs, and name everything that would stop it.",
     ["--config_file my.yml --decode", "--data crops --json account.json --write-clean clean.csv"],
     options,
     takes_data=True,

@@ -200,14 +200,14 @@ def _weights(cfg: Config, split: Split | None) -> tuple[str, FusionReID]:
 def _checkpoint(cfg: Config, model: FusionReID | None) -> tuple[str, None]:
     """Check what training would go on from as it does itself, and what TEST.WEIGHT names as `evaluate` does."""
     folder = Path(cfg.OUTPUT_DIR) / "checkpoints"
-    text = f"none in {folder}: training starts anew"
+    text = f"none in {folder}: training starts from scratch"
     checkpoint.read_progress(folder)
     if newest := checkpoint.latest(folder):
         tensors, state = checkpoint.load(newest)
         position_of(state, newest, cfg)
         if model is not None:
             compare("the model", model.state_dict(), tensors["model"])
-        text = f"training goes on from {newest}"
+        text = f"training resumes from {newest}"
     if cfg.TEST.WEIGHT:
         path = find_checkpoint(cfg)
         restore(path, cfg)

@@ -91,7 +91,7 @@ def options(parser: ArgumentParser) -> None:
     parser.add_argument("--query", required=True, type=arguments.place, metavar="PATH",
                         help=f"whom to look for: {kinds}; as in lost.jpg")  # fmt: skip
     parser.add_argument("--gallery", required=True, type=arguments.place, metavar="PATH",
-                        help="where to look, likewise; as in log/own")  # fmt: skip
+                        help="where to look: any of the same, as in log/own")  # fmt: skip
     parser.add_argument("--top", default=10, type=_count, metavar="N", help="matches per query, as in 5 (default: 10)")
     parser.add_argument("--at-least", type=_cosine, metavar="COSINE",
                         help="show no match below this cosine, as in 0.62 (default: show all)")  # fmt: skip

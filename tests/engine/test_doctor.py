@@ -161,7 +161,7 @@ def test_a_checkpoint_that_training_would_refuse_is_wrong_here_too(root, tmp_pat
     assert train(arguments(root, tmp_path, SOLVER__MAX_EPOCHS=1, SOLVER__EVAL_PERIOD=1)) == 0
     assert main(arguments(root, tmp_path, SOLVER__MAX_EPOCHS=1, SOLVER__EVAL_PERIOD=1, TEST__WEIGHT=tmp_path)) == 0
     text = capfd.readouterr().out
-    assert f"training goes on from {tmp_path}/checkpoints/step-" in text
+    assert f"training resumes from {tmp_path}/checkpoints/step-" in text
     assert "is whole and fits the model" in text
     best = tmp_path / "checkpoints/best.json"
     kept = best.read_text()

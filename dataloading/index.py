@@ -18,7 +18,7 @@ from fusionreid.dataloading.image_files import open_file, open_image, read_file
 from fusionreid.files import atomic_write
 
 FILE = ".fusionreid-index.json"
-FORMAT = b"index 2"  # another format: the file is written anew
+FORMAT = b"index 2"  # another format: the file is rewritten
 CHUNK = 64  # files a thread takes at a time
 THREADS, WAITING = 32, 3  # that read headers where that takes so many times its computing
 SAVE_FILES, SAVE_S = 20_000, 60  # the index is saved after so many files, then after twice as many, and so often

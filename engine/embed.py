@@ -79,7 +79,7 @@ def options(parser: ArgumentParser) -> None:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--output", type=arguments.path, metavar="FOLDER", help=where)
     target.add_argument("--to", type=arguments.place, metavar="GALLERY",
-                        help="the gallery that grows by the images it does not have yet, as in galleries/shop or "
+                        help="the gallery to add new images to, as in galleries/shop or "
                              "s3://bucket/shop")  # fmt: skip
     for name in ABOUT:
         parser.add_argument(f"--{name}", metavar="NAME", help=f"the {name} of all images, where a list names none")

@@ -38,7 +38,7 @@ def options(parser: ArgumentParser) -> None:
     """Add the options of the command."""
     which = "the file to write: model.onnx for ONNX Runtime and others, model.pt2 for torch.export.load"
     parser.add_argument("--output", required=True, type=arguments.path, metavar="FILE", help=which)
-    what = "fp16 or int8 in ONNX; the loss of accuracy is measured on the test set and told (default: fp32)"
+    what = "fp16 or int8 in ONNX; the loss of accuracy is measured on the test set (default: fp32)"
     parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32", help=what)
 
 

@@ -1,4 +1,4 @@
-"""Keep a gallery in order: what is in it, names, removal, versions, an index, files for other programs.
+"""Maintain a gallery: what is in it, names, removal, versions, an index, files for other programs.
 
 `python engine/gallery.py ACTION GALLERY [options]`; `fusionreid embed --to` fills it, `fusionreid search` looks in it.
 """
@@ -191,8 +191,8 @@ def _option(name: str) -> str:
 
 COMMAND = Command(
     gallery,
-    "list, name, remove, undo, export: keep a gallery in order",
-    "Keep a gallery in order, which `fusionreid embed --to` fills and `fusionreid search` looks in.",
+    "list, name, remove, undo, export: maintain a gallery",
+    "Maintain a gallery, which `fusionreid embed --to` fills and `fusionreid search` searches.",
     ["list galleries/shop", "rename galleries/shop --track 17 --to anna",
      "remove galleries/shop --before 2026-01-01"],
     options,

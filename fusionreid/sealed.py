@@ -38,7 +38,7 @@ def unsealed(raw: bytes, *, required: bool = True) -> dict[str, Any]:
     try:
         values = json.loads(raw)
         if not isinstance(values, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         digest = values.pop("blake2b", None)
         if (digest is not None or required) and seal(values) != raw:
             raise ValueError("its digest is not that of its content")

@@ -94,7 +94,7 @@ def _text(file: Path) -> str:
     data = file.read_bytes()
     for start, what in FOREIGN.items():
         if data.startswith(start):
-            raise DataError(f"{printable(file)} is no list but {what}\nexpected:\n{LAYOUT}")
+            raise DataError(f"{printable(file)} is not a list but {what}\nexpected:\n{LAYOUT}")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return data.decode("utf-16", "replace")
     if 4 * (start := data[:1000]).count(0) > len(start):
@@ -102,7 +102,7 @@ def _text(file: Path) -> str:
         return data.decode("utf-16-le" if little else "utf-16-be", "replace")
     if b"\0" in start:
         kind = "an image: name the folder that it lies in" if start.startswith(SIGNATURES) else "a binary file"
-        raise DataError(f"{printable(file)} is no list but {kind}\nexpected:\n{LAYOUT}")
+        raise DataError(f"{printable(file)} is not a list but {kind}\nexpected:\n{LAYOUT}")
     return data.decode("utf-8-sig", "surrogateescape")
 
 

@@ -47,7 +47,7 @@ def divide_test(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[str]]:
         persons[row.part].add(person_key(row.person))
     both = persons["train"] & persons[TEST]
     if 2 * len(both) > len(persons[TEST]):
-        text = f"{len(both)} of {len(persons[TEST])} persons to test with are in train too: divided anew, by persons"
+        text = f"{len(both)} of {len(persons[TEST])} persons to test with are in train too: split again, by person"
         return [row._replace(part="") for row in rows], [text]
     rng = np.random.default_rng(seed)
     parts: dict[int, str] = {}

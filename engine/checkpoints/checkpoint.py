@@ -113,11 +113,11 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     try:
         state = json.loads((path / STATE).read_bytes())
         if not isinstance(state, dict):
-            raise ValueError(f"{STATE} is no JSON object")
+            raise ValueError(f"{STATE} is not a JSON object")
         parts = [name.removesuffix(TENSORS) for name in names if name.endswith(TENSORS)]
         files = {part: load_file(path / f"{part}{TENSORS}") for part in parts}
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is no checkpoint although its digests match: {error}") from error
+        raise CheckpointError(f"{path} is not a checkpoint although its digests match: {error}") from error
     return {part: {key: tensor.clone() for key, tensor in tensors.items()} for part, tensors in files.items()}, state
 
 
@@ -167,7 +167,7 @@ def read_progress(root: Path) -> Progress:
         return Progress(found.evaluated, found.step, math.nan if found.score is None else found.score)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{root / BEST} is damaged ({error}): remove it, and the next evaluation chooses the best checkpoint anew; "
+            f"{root / BEST} is damaged ({error}): remove it, and the next evaluation chooses the best checkpoint again; "
             "until then only the newest checkpoints are kept"
         ) from error
 

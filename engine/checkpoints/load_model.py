@@ -91,7 +91,7 @@ def restore(path: Path, cfg: Config) -> Trained:
     published = read_state(path)
     classes = {len(t) for name, t in published.items() if t.ndim == 2 and re.search(r"classifier(_\d)?\.weight$", name)}
     if len(classes) != 1:
-        raise WeightsError(f"{path} is no trained FusionReID: it holds no classifier; name a checkpoint of one")
+        raise WeightsError(f"{path} is not a trained FusionReID: it holds no classifier; name a checkpoint of one")
     cameras = max((len(t) for name, t in published.items() if t.ndim and name.endswith("sie_embed")), default=1)
     model = build(cfg, classes.pop(), cameras)
     load_published(model, published)
@@ -112,7 +112,7 @@ def _trained(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Map
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{path}: its state.json cannot be followed: {where}: {first['msg']}") from error
+        raise CheckpointError(f"{path}: its state.json is not valid: {where}: {first['msg']}") from error
     heads = {len(t) for name, t in weights.items() if name.endswith("classifier.weight") and t.ndim}
     if heads != {seen.classes}:  # before memory is taken for so many
         raise CheckpointError(f"{path}: its state.json says {seen.classes} persons, its classifiers have {heads}")

@@ -190,7 +190,7 @@ def _read_index(folder: Path) -> Index:
     text = read_file(str(folder / INDEX))
     content = from_json(text)
     if not isinstance(content, dict):
-        raise ValueError(f"{INDEX} is no object")
+        raise ValueError(f"{INDEX} is not a JSON object")
     if content.get("format") != FORMAT:
         made = content.get("format")
         raise EmbeddingsError(f"{folder} has embeddings of format {made!r}, this is {FORMAT}: embed again")

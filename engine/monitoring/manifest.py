@@ -141,7 +141,7 @@ def _load(path: Path) -> dict[str, Any]:
             return found
         raise ValueError("it does not name the run, or its starts")
     except (OSError, ValueError) as error:
-        log.warning("%s of the start before cannot be read: %s; it is written anew", path, error)
+        log.warning("%s of the start before cannot be read: %s; it is rewritten", path, error)
     return {}
 
 

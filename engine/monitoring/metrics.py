@@ -191,4 +191,4 @@ class Metrics:
         except Exception as error:
             if what not in self._failed:
                 self._failed.add(what)
-                log.warning("%s: %s; training continues, this is said once", what, error)
+                log.warning("%s: %s; training continues; this is reported once", what, error)

@@ -201,7 +201,7 @@ def query_sections(shown: Queries) -> list[Section]:
     if not shown.queries:
         return []
     text = (
-        "The nearest gallery images, but for those of the query's person by its own camera. AP is the average "
+        "The nearest gallery images, without those of the query's person by its own camera. AP is the average "
         "precision: 100 % if all images of the person come first."
     )
     if any(query.maps for query in shown.queries):

@@ -55,7 +55,7 @@ def position_of(state: Mapping[str, Any], path: Path, cfg: Config) -> Position:
     try:
         return Position.model_validate(state)
     except ValidationError as error:
-        raise CheckpointError(f"{path}: its state.json cannot be followed: {error}") from error
+        raise CheckpointError(f"{path}: its state.json is not valid: {error}") from error
 
 
 def _way_on(path: Path) -> str:

@@ -51,5 +51,5 @@ def verify(path: Path) -> list[str]:
             if found[name] != files[name]:
                 raise DamagedError(f"{path / name} is damaged: use another checkpoint")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedError(f"{path / MANIFEST} cannot be followed ({error}): use another checkpoint") from error
+        raise DamagedError(f"{path / MANIFEST} is not valid ({error}): use another checkpoint") from error
     return list(files)

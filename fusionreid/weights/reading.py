@@ -31,7 +31,7 @@ QUOTED = 60  # of them in a message
 PICKLE_LIMIT = 1 << 26  # bytes of the pickle in a file of torch.save: it holds names and shapes only
 UNPACKED = 4  # times its size on the disk, and SLACK, may be the size of what a file holds
 SLACK = 1 << 24
-SAVED = "save it anew where it was made, with torch.save(model.state_dict(), file) or safetensors"
+SAVED = "save it again where it was made, with torch.save(model.state_dict(), file) or safetensors"
 CUT = "cut short or damaged: download or copy it again"
 FOREIGN = {  # first bytes of what else is found under a weight file's name
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself: run git lfs pull, or download the file",
@@ -76,7 +76,7 @@ def _look(path: str | Path) -> tuple[int, bytes, bytes]:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise _refusal(path, "it is no regular file" if not stat.S_ISDIR(status.st_mode) else "it is a folder")
+        raise _refusal(path, "it is not a regular file" if not stat.S_ISDIR(status.st_mode) else "it is a folder")
     with open(descriptor, "rb") as file:
         head = file.read(HEAD)
         file.seek(max(0, status.st_size - HEAD))

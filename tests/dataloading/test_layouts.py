@@ -75,7 +75,7 @@ def test_parts_that_show_the_same_persons_are_divided_anew(tmp_path):
     write(tmp_path, "train/{p}/{c}/{n}.png")
     own = read_own_data(write(tmp_path, "val/{p}/{c}/9{n}.png"))
     assert own.divided
-    assert "8 of 8 persons to test with are in train too: divided anew, by persons" in told(own)
+    assert "8 of 8 persons to test with are in train too: split again, by person" in told(own)
     assert persons_of(own.split, "train") & persons_of(own.split, "gallery") == set()
 
 

@@ -100,7 +100,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "weights.pth")
     code = f"from fusionreid.weights.formats import read_state; read_state({str(tmp_path / 'weights.pth')!r})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert "it is no regular file" in result.stderr.splitlines()[-1]
+    assert "it is not a regular file" in result.stderr.splitlines()[-1]
 
 
 def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def read_progress(root: Path) -> Progress:
         return Progress(found.evaluated, found.step, math.nan if found.score is None else found.score)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{root / BEST} is damaged ({error}): remove it, and the next evaluation chooses the best checkpoint again; "
+            f"{root / BEST} is damaged ({error}): remove it, and the next evaluation chooses a new best checkpoint; "
             "until then only the newest checkpoints are kept"
         ) from error
 

@@ -91,7 +91,7 @@ def drop_after(path: Path, step: int, evaluated: int, period: int) -> None:
     if step and not kept:
         log.warning("%s holds nothing of the first %d steps: they are lost to it", path, step)
     elif step - logged >= period:
-        log.warning("%s ends with step %d, the run goes on from step %d: lines are lost", path, logged, step)
+        log.warning("%s ends with step %d, the run resumes from step %d: lines are lost", path, logged, step)
     if path.exists():
         with atomic_write(path) as file:
             file.writelines(kept)

@@ -44,5 +44,5 @@ def test_what_is_kept_dropped_and_told(tmp_path: Path, caplog: pytest.LogCapture
     assert path.read_text() == lines[0]
     assert caplog.messages == [
         f"{path}: 3 of 4 lines are damaged and left out",
-        f"{path} ends with step 10, the run goes on from step 25: lines are lost",
+        f"{path} ends with step 10, the run resumes from step 25: lines are lost",
     ]

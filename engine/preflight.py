@@ -193,7 +193,7 @@ def _weights(cfg: Config, split: Split | None) -> tuple[str, FusionReID]:
     persons, cameras = (split.num_persons, split.num_cameras) if split and split.train else (1, 1)
     with torch.device("meta" if cfg.MODEL.PRETRAIN_CHOICE == "none" else "cpu"):
         model = build(cfg, persons, cameras)
-    lines = [report.describe() for report in load_pretrained(model, cfg.MODEL)] or ["drawn at random"]
+    lines = [report.describe() for report in load_pretrained(model, cfg.MODEL)] or ["initialised at random"]
     return "\n".join([f"{model.num_parameters / 1e6:.1f} M parameters", *lines]), model
 
 

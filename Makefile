@@ -9,7 +9,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0  # asks for Python 3.12, runs on 3.11
 	touch $@
 
-demo: .venv/installed  ## render a data set, train on it, evaluate beside two baselines, draw the report
+demo: .venv/installed  ## render a data set, train on it, compare with two baselines, draw the report
 	$(BIN)/python engine/train.py --config_file configs/synthetic/tiny.yml
 	$(BIN)/python engine/evaluate.py --config_file configs/synthetic/tiny.yml --baselines
 

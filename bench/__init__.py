@@ -1,1 +1,1 @@
-"""Benchmarks: one door, one suite per kind of work."""
+"""Benchmarks: one command, one suite per kind of work."""

@@ -54,7 +54,7 @@ def read_own_data(path: str | Path, seed: int = 0) -> OwnData:
     path = Path(path).expanduser().absolute()
     if path.is_file():
         rows, columns, faults = csv_list.read_rows(path, ("path", "person"), {*csv_list.VALUES, TEST})
-        decision = "a list" + (f": {columns}" if columns else "")
+        decision = "read as a list" + (f": {columns}" if columns else "")
         return _complete("csv", path, Found(rows, {}, [decision], [], faults), seed)
     if not path.is_dir():
         raise DataError(f"there is no folder and no list {printable(path)}\nexpected:\n{LAYOUT}")

@@ -6,6 +6,7 @@ timm knows where they are, the client of its hub fetches them once and keeps the
 
 import difflib
 import hashlib
+import logging
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,8 @@ OURS = "vit_small_patch16_224"  # published under the name of another model of t
 FILE = "model.safetensors"
 TIMEOUT_S = 10  # to ask for a file
 SHOWN = 3  # names like the one asked for
+
+log = logging.getLogger(__name__)
 
 
 class Named(NamedTuple):
@@ -125,6 +128,7 @@ def fetch(repository: str, file: str) -> str:
     try:
         return hf_hub_download(repository, file, local_files_only=True)
     except LocalEntryNotFoundError:
+        log.info("downloading the weights %s", repository)  # or a minute without a word where there is no network
         return hf_hub_download(repository, file, etag_timeout=TIMEOUT_S)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from fusionreid import build_model
@@ -116,3 +117,18 @@ def test_a_path_is_no_name(path: str) -> None:
 def test_names_are_checked_without_torch() -> None:
     code = "import sys, fusionreid.weights.named; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_download_is_announced_a_kept_file_is_not(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    kept: set[str] = set()
+
+    def download(repository: str, file: str, *, local_files_only: bool = False, **_: object) -> str:
+        if local_files_only and repository not in kept:
+            raise LocalEntryNotFoundError("not there")
+        kept.add(repository)
+        return f"{repository}/{file}"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    caplog.set_level("INFO")
+    assert named.fetch("timm/one", "model.safetensors") == named.fetch("timm/one", "model.safetensors")
+    assert caplog.messages == ["downloading the weights timm/one"]

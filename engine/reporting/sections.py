@@ -122,9 +122,9 @@ def _limit_of(point: Threshold) -> float:
 
 
 def _limit(point: Threshold) -> str:
-    distance = f"distance \N{LESS-THAN OR EQUAL TO} {_limit_of(point):.3f}"
-    text = distance if point.cosine is None else f"cosine \N{GREATER-THAN OR EQUAL TO} {cosine_text(point.cosine)}"
-    return text.replace(" ", "\N{NO-BREAK SPACE}")
+    if point.cosine is None:
+        return f"distance \N{LESS-THAN OR EQUAL TO}\N{NO-BREAK SPACE}{_limit_of(point):.3f}"
+    return f"cosine \N{GREATER-THAN OR EQUAL TO}\N{NO-BREAK SPACE}{cosine_text(point.cosine)}"
 
 
 def _accepted(pairs: Pairs, point: Threshold) -> int:

@@ -29,7 +29,7 @@ def test_csv(tmp_path):
     ("text", "message"),
     [
         ("", "lacks path, person, split in its header, which has nothing"),
-        ("[" * 200_000, "lacks path, person, split in its header, which has nothing"),
+        ("[" * 200_000, "is not a list but JSON"),
         ("path,person,split\n", "no images for query"),
         (
             "path,person,camera,split\na.jpg,1,1,train\nb.jpg,1,1,test\n",
@@ -184,8 +184,8 @@ def test_a_test_part_is_for_train_data_alone(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "start", "message"), [
-    ("a.zip", b"PK\x03\x04", "no list but a ZIP archive or a spreadsheet"), ("a.csv.gz", b"\x1f\x8b", "gzip"),
-    ("a.json", b"[{}]", "no list but JSON"), ("a.jpg", b"\xff\xd8\xff\xe0\0\x10JFIF\0", "an image: name the folder"),
+    ("a.zip", b"PK\x03\x04", "not a list but a ZIP archive or a spreadsheet"), ("a.csv.gz", b"\x1f\x8b", "gzip"),
+    ("a.json", b"[{}]", "not a list but JSON"), ("a.jpg", b"\xff\xd8\xff\xe0\0\x10JFIF\0", "an image: name the folder"),
     ("a.bin", b"\x01\x02\0\x03abcdefgh", "a binary file"), ("a.html", b"<html>", "a web page"),
 ])  # fmt: skip
 def test_what_is_no_list_is_named(tmp_path, name, start, message):

@@ -111,7 +111,7 @@ def test_forged_tensors_run_nothing(root: Path, tmp_path: Path, kind: str) -> No
     path = root / "step-00000002"
     (path / "model.safetensors").write_bytes(FORGED[kind](tmp_path / "canary"))
     forge(path)
-    with pytest.raises(CheckpointError, match="no checkpoint although its digests match"):
+    with pytest.raises(CheckpointError, match="not a checkpoint although its digests match"):
         checkpoint.load(path)
     assert not (tmp_path / "canary").exists()
     pickle.loads(pickle.dumps(Bomb(tmp_path / "canary")))
@@ -126,7 +126,7 @@ def test_forged_json_and_names(root: Path) -> None:
     path = root / "step-00000002"
     (path / "state.json").write_text("[" * 200_000)
     forge(path)
-    with pytest.raises(CheckpointError, match="no checkpoint although"):
+    with pytest.raises(CheckpointError, match="not a checkpoint although"):
         checkpoint.load(path)
     shutil.copy(path / "model.safetensors", root / "outside.safetensors")
     outside = {"../outside.safetensors": entry(root / "outside.safetensors")}

@@ -254,7 +254,7 @@ def _load(
 ) -> LoadReport:
     """Load what has the right shape; `theirs` goes by our names, `unused` are the file's other entries.
 
-    WeightsError: a layer that is `needed` does not fit, or a weight is not finite.
+    WeightsError: a layer that is `needed` does not fit.
     """
     ours = target.state_dict()
     fits = {name: value for name, value in theirs.items() if value.shape == ours[name].shape}
@@ -276,8 +276,6 @@ def _load(
                 f"{tuple(ours[lost[0]].shape)} {found}; set MODEL.RES_NAME, RES_MODE or TRANSFORMER_TYPE to what it is"
             )
         raise WeightsError(f"{head}, but {what}; the file also has {', '.join(unused[:5]) or 'no other entries'}")
-    if spoilt := [name for name, value in fits.items() if value.is_floating_point() and not value.isfinite().all()]:
-        raise WeightsError(f"{source}: {len(spoilt)} entries hold NaN or infinity, the first is {spoilt[0]}")
     target.load_state_dict(fits, strict=False)
     return LoadReport(
         source,

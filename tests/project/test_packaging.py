@@ -88,7 +88,7 @@ def test_the_wheel_holds_one_package_whole(wheel: Path, sdist: Path, tmp_path: P
     assert f"Version: {fusionreid.__version__}\n" in metadata
     assert "License-Expression: Apache-2.0\n" in metadata
     extras = [line.split()[1] for line in metadata.splitlines() if line.startswith("Provides-Extra")]
-    assert extras == ["dali", "export", "peers", "report", "docs", "dev"]
+    assert extras == ["dali", "export", "gallery", "scale", "peers", "report", "docs", "dev"]
     with ZipFile(build("wheel", sdist, tmp_path)) as archive:
         assert sorted(archive.namelist()) == sorted(names), "the source distribution, without links, builds the same"
 
@@ -100,7 +100,7 @@ def test_the_source_distribution_holds_tests_that_collect(sdist: Path) -> None:
         assert [name for name in tracked if not (sdist / name).exists()] == []
     collected = run(sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider", cwd=sdist)
     files = {f"tests/{name}" for name in shipped(sdist / "tests", ".py") if "/test_" in name}
-    files -= {name for name in files if name.startswith("tests/sanitize/")}  # collected by `-m sanitize` alone
+    files -= {name for name in files if name.startswith(("tests/sanitize/", "tests/sweep/"))}  # when asked for alone
     assert files <= {line.partition(":")[0] for line in collected.splitlines()}
 
 

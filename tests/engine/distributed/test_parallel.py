@@ -69,6 +69,7 @@ def test_an_address_that_another_program_has_is_named(monkeypatch: pytest.Monkey
         place = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for name, value in place.items():
             monkeypatch.setenv(name, value)
+        monkeypatch.setattr(parallel.dist, "is_initialized", lambda: False)  # whatever ran before in this process
         with pytest.raises(parallel.MeetingError, match=rf"cannot meet at 127\.0\.0\.1:{port}: .*MASTER_PORT") as error:
             parallel.start("cpu")
     assert error.value.exit_code == 2

@@ -14,7 +14,7 @@ N rows, D width, b queries in a block, P pairs.
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
@@ -33,7 +33,7 @@ FETCHED = 2**13  # pairs whose rows are brought to the device at once
 UNIT = 2.0**-24
 
 
-EXACT_ROWS, EXACT_ELEMENTS = 1024, 2**18  # most of one fp64 batch: it stays in a core's cache
+EXACT_ROWS, EXACT_ELEMENTS = 1024, 2**20  # most of one fp64 batch: it stays in a processor's cache
 LONGEST = 1e18  # of a row: its square is still an fp32 number
 
 
@@ -183,23 +183,27 @@ def fast_distances(query: Tensor, gallery: Rows, size: int) -> Iterator[tuple[sl
 
     The distances (b, size) may be overwritten; they are gone when the next ones are asked for.
     """
-    memory = query.new_empty(3, len(query) * min(size, len(gallery)))
+    memory, columns = query.new_empty(3, len(query) * min(size, len(gallery))), chunks(query)
     for start in range(0, len(gallery), size):
         block = slice(start, min(start + size, len(gallery)))
-        yield block, fast_tile(query, gallery, block, memory)
+        yield block, fast_tile(columns, gallery, block, memory)
 
 
-def fast_tile(query: Tensor, gallery: Rows, block: slice, memory: Tensor) -> Tensor:
-    """`fast_distances` of one block of the gallery (b, block), in memory (3, at least that many) of the caller."""
-    width, group = query.shape[1], CHUNK * _chunks_per_group(query.shape[1])
-    total, part, chunk = memory[:, : len(query) * (block.stop - block.start)].view(3, len(query), -1)
-    rows = gallery.features[block].to(query.device).float()
-    for first in range(0, width, group):
-        columns = slice(first, first + CHUNK)
-        summed = _product(query[:, columns], rows[:, columns], part if first else total)
-        for begin in range(first + CHUNK, min(first + group, width), CHUNK):
-            columns = slice(begin, begin + CHUNK)
-            summed += _product(query[:, columns], rows[:, columns], chunk)
+def chunks(query: Tensor) -> list[Tensor]:
+    """Cut queries (b, D) into contiguous chunks of their columns, (b, CHUNK) each but for the last."""
+    return [columns.contiguous() for columns in query.split(CHUNK, 1)]
+
+
+def fast_tile(query: Sequence[Tensor], gallery: Rows, block: slice, memory: Tensor) -> Tensor:
+    """`fast_distances` of queries in `chunks` and one block of the gallery (b, block), in the caller's memory (3, at
+    least that many)."""
+    total, part, chunk = memory[:, : len(query[0]) * (block.stop - block.start)].view(3, len(query[0]), -1)
+    rows, group = gallery.features[block].to(memory.device).float(), _chunks_per_group(gallery.features.shape[1])
+    pairs = list(zip(query, rows.split(CHUNK, 1), strict=True))
+    for first in range(0, len(pairs), group):
+        summed = _product(*pairs[first], part if first else total)
+        for pair in pairs[first + 1 : first + group]:
+            summed += _product(*pair, chunk)
         total = total.add_(summed) if first else summed
     square, scale = gallery.length[block].square().float(), gallery.scale[block].float()
     return torch.addcmul(square, total, scale, value=-2, out=total)
@@ -209,7 +213,7 @@ def _product(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
     """x (b, K) times y (n, K) transposed (b, n) in fp32, written to `out` unless oneDNN computes it."""
     if x.is_cuda or not _onednn_is_exact():
         return torch.mm(x, y.T, out=out)
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), y.contiguous(), None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, y.contiguous(), None, "none", [], "")
 
 
 @cache

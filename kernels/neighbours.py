@@ -24,6 +24,7 @@ from fusionreid.kernels import _int8_products as int8
 from fusionreid.kernels._exact_distances import (
     UNIT,
     Rows,
+    chunks,
     error_bound,
     exact_distances,
     fast_distances,
@@ -33,7 +34,7 @@ from fusionreid.kernels._exact_distances import (
 )
 from fusionreid.kernels._path import use_triton
 
-BLOCK = 1024  # rows and columns of a product
+BLOCK = 2048  # rows and columns of a product
 AGAIN_ROWS = 64
 SPARE = 8
 QUERIES = 2**13  # at once on a GPU
@@ -136,7 +137,7 @@ def _nearest_by_blocks(queries: Rows, items: Rows, rows: slice, count: int) -> C
     outer = [*_blocks(0, rows.start), *inner, *_blocks(rows.stop, len(items))] if symmetric else _blocks(0, len(items))
     memory = running.values.new_empty(3, BLOCK * BLOCK)
     for block in inner:
-        query, square = scaled(queries, block), queries.length[block, None].square().float()
+        query, square = chunks(scaled(queries, block)), queries.length[block, None].square().float()
         own = slice(block.start - rows.start, block.stop - rows.start)
         for columns in outer:
             mirrored = symmetric and rows.start <= columns.start < rows.stop

@@ -150,11 +150,10 @@ def test_the_notebook_runs_from_top_to_bottom(
     assert all(not cell["outputs"] and cell["execution_count"] is None for cell in codes)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    small = {**KEYS, "DATASETS.SYNTHETIC.PERSONS": "48", "SOLVER.MAX_EPOCHS": "1"}
     for done, cell in enumerate(codes):
         exec(compile("".join(cell["source"]), "demo.ipynb", "exec"), names)
         if not done:  # the first cell has the settings
-            names["settings"] += [f"{key}={value}" for key, value in small.items()]
+            names["settings"] += [f"{key}={value}" for key, value in KEYS.items()]
     assert names["vectors"].shape == (4, names["embedder"].dimension)
     assert Image.open("demo/found.png").size[0] > 100
     assert "mAP" in capsys.readouterr().out

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusionreid.kernels import _exact_distances as exact
 from fusionreid.kernels import nearest_neighbours, neighbour_lists, neighbours, reference
 from tests.kernels.test_ranking import made_up
 from tests.numerics import assert_close
@@ -106,3 +107,19 @@ def test_rows_must_be_consecutive_ones_of_the_features(rows: slice) -> None:
 def test_widths_must_agree() -> None:
     with pytest.raises(ValueError, match="one model"):
         nearest_neighbours(torch.ones(2, 3), torch.ones(4, 2), 1)
+
+
+@pytest.mark.parametrize("variable", ["ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"])
+def test_a_onednn_that_may_round_to_bf16_is_not_asked(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    """The bound holds for products in fp32; torch's own product finds the same neighbours."""
+    query, gallery = torch.randn(5, 300), torch.randn(40, 300)
+    expected = nearest_neighbours(query, gallery, 7)
+    monkeypatch.setenv(variable, "BF16")
+    exact._onednn_is_exact.cache_clear()
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    try:
+        found = nearest_neighbours(query, gallery, 7)
+    finally:
+        exact._onednn_is_exact.cache_clear()
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(found.distances, expected.distances)

@@ -9,7 +9,11 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0  # asks for Python 3.12, runs on 3.11
 	touch $@
 
-demo: .venv/installed  ## render a data set, train on it, compare with two baselines, draw the report
+$(BIN)/fusionreid:  # without what tests and linters need
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable .
+
+demo: $(BIN)/fusionreid  ## render a data set, train on it, compare with two baselines, draw the report
 	$(BIN)/python engine/train.py --config_file configs/synthetic/tiny.yml
 	$(BIN)/python engine/evaluate.py --config_file configs/synthetic/tiny.yml --baselines
 

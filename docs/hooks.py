@@ -1,13 +1,24 @@
-"""Fill the configuration page from the schema: each key with its type, default and meaning."""
+"""Fill the configuration page from the schema: each key with its type, default and meaning. Equations become MathML."""
 
+import html
 import inspect
 import re
 from typing import Annotated, Any, get_args, get_origin
+
+from latex2mathml.converter import convert
 
 from fusionreid.engine.config import Config
 from fusionreid.schema import Section
 
 KEY = re.compile(r"^    ([A-Z][A-Z_0-9]*): .*?(?:  # (.*))?$")
+EQUATION = re.compile(r"\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)  # as the extension arithmatex leaves them
+
+
+def on_page_content(page_html: str, **_: Any) -> str:
+    """Write equations so that browsers show them without scripts."""
+    return EQUATION.sub(
+        lambda m: convert(html.unescape(m[1] or m[2]), display="inline" if m[1] else "block"), page_html
+    )
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

@@ -38,7 +38,7 @@ def write_results(output: Path, rankings: Mapping[str, Ranking], about: Mapping[
             valid_queries=ranking.num_valid,
             interval_95=dict(zip(("mAP", "mINP", "Rank-1"), zip(low, high))),
             unmatched_queries=ranking.num_unmatched,
-            data=about["data"],
+            data=about.get("data", ""),
         )
     if not quiet:
         print_results(results)

@@ -3,6 +3,7 @@
 import html
 import inspect
 import re
+from types import UnionType
 from typing import Annotated, Any, get_args, get_origin
 
 from latex2mathml.converter import convert
@@ -82,6 +83,8 @@ def kind_of(annotation: Any) -> str:
     choices = get_args(annotation)
     if choices and all(isinstance(choice, (str, int, bool)) for choice in choices):
         return ", ".join(f"`{shown(choice)}`" for choice in choices)
+    if get_origin(annotation) is UnionType:
+        return " or ".join(map(kind_of, choices))
     inner = [kind_of(choice) for choice in choices if choice is not Ellipsis]
     if not inner:
         return "value"

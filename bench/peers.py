@@ -53,7 +53,7 @@ class Tool:
 
     @staticmethod
     def evaluator(*, exact: bool) -> Evaluator:
-        """Return the tool's mAP by the metric that it has by default; exact: sums in fp64, whatever the default."""
+        """Return the tool's mAP by the metric that it has by default; exact: of fp64 features, and summed in fp64."""
         raise NotImplementedError
 
 
@@ -87,8 +87,8 @@ class Ours(Tool):
             "DATASETS.ROOT_DIR": job["data"], "DATALOADER.NUM_WORKERS": 0, "DATALOADER.NUM_INSTANCE": INSTANCES,
             "SOLVER.OPTIMIZER_NAME": "Adam", "SOLVER.BASE_LR": RATE, "SOLVER.WEIGHT_DECAY": DECAY,
             "SOLVER.WEIGHT_DECAY_BIAS": DECAY, "SOLVER.WARMUP_ITERS": 0, "SOLVER.MARGIN": MARGIN,
-            "SOLVER.PRECISION": "fp32", "SOLVER.IMS_PER_BATCH": BATCH, "SOLVER.MAX_EPOCHS": 10_000,
-            "SOLVER.EVAL_PERIOD": 10_000, "SOLVER.CHECKPOINT_PERIOD": 10_000, "TEST.IMS_PER_BATCH": BATCH,
+            "SOLVER.PRECISION": "fp32", "SOLVER.IMS_PER_BATCH": BATCH, "SOLVER.MAX_EPOCHS": 1000,
+            "SOLVER.EVAL_PERIOD": 1000, "SOLVER.CHECKPOINT_PERIOD": 1000, "TEST.IMS_PER_BATCH": BATCH,
             "OUTPUT_DIR": f"{job['folder']}/log",
         }  # fmt: skip
 
@@ -134,7 +134,7 @@ class Torchreid(Tool):
         torchreid.utils.load_pretrained_weights(model, self.job["weights"])
         optimizer = torchreid.optim.build_optimizer(model, optim="adam", lr=RATE, weight_decay=DECAY, adam_beta2=0.999)
         self.engine = torchreid.engine.ImageTripletEngine(loaded, model, optimizer, margin=MARGIN, use_gpu=False)
-        self.engine.run(save_dir=self.job["folder"], max_epoch=10_000)
+        self.engine.run(save_dir=self.job["folder"], max_epoch=1000)
 
     def embed(self) -> Features:
         import numpy as np
@@ -191,8 +191,8 @@ class FastReID(Tool):
             "INPUT.SIZE_TRAIN", [HEIGHT, WIDTH], "INPUT.SIZE_TEST", [HEIGHT, WIDTH], "INPUT.REA.ENABLED", False,
             "INPUT.PADDING.SIZE", 5, "DATALOADER.NUM_WORKERS", 0, "SOLVER.AMP.ENABLED", False,
             "SOLVER.IMS_PER_BATCH", BATCH, "SOLVER.BASE_LR", RATE, "SOLVER.WARMUP_ITERS", 0,
-            "SOLVER.MAX_EPOCH", 10_000, "SOLVER.STEPS", [9_000], "SOLVER.CHECKPOINT_PERIOD", 20_000,
-            "TEST.EVAL_PERIOD", 20_000, "TEST.IMS_PER_BATCH", BATCH, "OUTPUT_DIR", job["folder"],
+            "SOLVER.MAX_EPOCH", 1000, "SOLVER.STEPS", [1000], "SOLVER.CHECKPOINT_PERIOD", 2000,
+            "TEST.EVAL_PERIOD", 2000, "TEST.IMS_PER_BATCH", BATCH, "OUTPUT_DIR", job["folder"],
         ])  # fmt: skip
         self.trainer = DefaultTrainer(self.cfg)
         self.trainer.train()
@@ -258,7 +258,7 @@ class BoxMOT(Tool):
 
         trainer = Kept(
             self.job["backbone"], "market1501", self.job["data"], loss_type="triplet", img_size=(HEIGHT, WIDTH),
-            batch_size=BATCH, lr=RATE, weight_decay=DECAY, epochs=10_000, warmup_epochs=0, eval_interval=10_000,
+            batch_size=BATCH, lr=RATE, weight_decay=DECAY, epochs=1000, warmup_epochs=0, eval_interval=1000,
             p=BATCH // INSTANCES, k=INSTANCES, margin=MARGIN, label_smooth=SMOOTHING, triplet_soft_margin=False,
             center_loss_weight=0, pretrained=False, device="cpu", project=self.job["folder"], num_workers=0,
             random_erasing=0, random_patch=False, color_augmentation=False,
@@ -278,7 +278,12 @@ class BoxMOT(Tool):
     def evaluator(*, exact: bool) -> Evaluator:
         from boxmot.reid.training.evaluator import compute_distance_matrix, evaluate_ranking
 
-        return lambda query, gallery, ids: evaluate_ranking(compute_distance_matrix(query, gallery), *ids)[1]
+        def evaluate(query: Any, gallery: Any, ids: Ids) -> float:
+            # Its function of the distances rounds to fp32.
+            distances = 1.0 - query @ gallery.T if exact else compute_distance_matrix(query, gallery)
+            return float(evaluate_ranking(distances, *ids)[1])
+
+        return evaluate
 
 
 TOOLS: dict[str, type[Tool]] = {"ours": Ours, "torchreid": Torchreid, "fast-reid": FastReID, "boxmot": BoxMOT}
@@ -297,7 +302,7 @@ def train(job: Job) -> Job:
         began = perf_counter()
         query, gallery, ids = tool.embed()
         done |= {"embed_s": perf_counter() - began, "images": len(query) + len(gallery), "width": query.shape[1]}
-        done |= {"mAP": tool.evaluator(exact=True)(query, gallery, ids)}
+        done |= {"mAP": tool.evaluator(exact=True)(query.astype("f8"), gallery.astype("f8"), ids)}
         done |= {"our_mAP": our_evaluator(METRIC[job["tool"]])(query, gallery, ids)}
     return done
 

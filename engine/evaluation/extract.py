@@ -77,8 +77,10 @@ def embedded_batches(
 ) -> Iterator[Tensor]:
     """Yield the test vectors (b, D) of one batch of images after the other, fp32 on the device.
 
-    All batches have the same size for the model: what is compiled or tuned for a shape is so once.
+    All batches have the same size for a model that is compiled or tuned for a shape, which then happens once; on a
+    CPU without compilation the last one is as small as it is.
     """
+    fixed = device.type != "cpu" or cfg.PARALLEL.COMPILE not in ("auto", "off")
     known = torch.tensor(list(cameras), dtype=torch.int64, device=device)
     model.eval()
     batches = iter(images)
@@ -86,7 +88,7 @@ def embedded_batches(
     while batch is not None:
         before_batch()
         count = len(batch.images)
-        size = size or count
+        size = (size if fixed else 0) or count
         seen = F.pad(known_only(batch.cameras, known), (0, size - count), value=-1)
         pixels = _padded(batch.images, size)
         with parallel.autocast(cfg.SOLVER.PRECISION, device):

@@ -55,6 +55,7 @@ def loader(records: tuple[Record, ...], cfg: Config) -> TestLoader:
 def test_the_model_sees_one_shape_and_the_last_rows_are_cut(records: tuple[Record, ...]) -> None:
     """A smaller last batch would be compiled, or tuned, once more."""
     cfg, model = evaluation(), Recorder()
+    cfg = cfg.model_copy(update={"PARALLEL": cfg.PARALLEL.model_copy(update={"COMPILE": "blocks"})})
     images, ranks = loader(records, cfg), parallel.start("cpu")
     assert [len(batch.images) for batch in images] == [4, 4, 3]
     batches = list(embedded_batches(model, images, (0, 1), cfg, ranks.device))
@@ -64,6 +65,16 @@ def test_the_model_sees_one_shape_and_the_last_rows_are_cut(records: tuple[Recor
     assert torch.equal(features, torch.cat(batches))
     assert (features[:, 0].diff() > 0).all()
     assert features[:, 1].tolist() == [0, 1, -1] * 3 + [0, 1]  # camera 2 was not seen in training
+
+
+@pytest.mark.parametrize("how", ["auto", "off"])
+def test_nothing_is_computed_twice_where_no_shape_has_a_price(records: tuple[Record, ...], how: str) -> None:
+    """65 images in batches of 64 are not 128 images on a CPU."""
+    cfg, model = evaluation(), Recorder()
+    cfg = cfg.model_copy(update={"PARALLEL": cfg.PARALLEL.model_copy(update={"COMPILE": how})})
+    features = embed(model, loader(records, cfg), (0, 1), cfg, parallel.start("cpu"))
+    assert model.shapes == [(4, 3, 32, 16, 4)] * 2 + [(3, 3, 32, 16, 3)]
+    assert features[:, 1].tolist() == [0, 1, -1] * 3 + [0, 1]
 
 
 def test_a_single_batch_is_not_padded(records: tuple[Record, ...]) -> None:

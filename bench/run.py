@@ -1,4 +1,4 @@
-"""Run the benchmarks: `python bench/run.py --suite attention|triplet|evaluation|loader|step|gallery|all`.
+"""Run the benchmarks: `python bench/run.py --suite attention|triplet|evaluation|loader|step|gallery|all|peers`.
 
 Prints one table per suite. --record keeps the numbers beside the digest of the sources they belong to, --report shows
 all that were kept and which of them are stale.
@@ -26,6 +26,7 @@ from bench.machine import ROOT, machine
 from bench.timing import Case, Measurement, Settings, Work, WrongResultError, measure
 
 SUITES = ("attention", "triplet", "evaluation", "loader", "step", "gallery")
+PEERS = "peers"  # runs other tools, which are not ours to install: not one of all
 RESULTS = ROOT / "bench/results"
 SECONDS_PER_CASE = 8.0
 H200 = Ceilings(bytes_per_s=4.3e12, operations_per_s=790e12)
@@ -46,6 +47,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "of limit": lambda row: "" if row["limit_ms"] is None else f"{row['limit_ms'] / row['median_ms']:.0%}",
     "speed": lambda row: f"{row['speed']:.2f}x",
     "peak GiB": lambda row: _number(row["peak_gib"]),
+    "mAP %": lambda row: _number(row.get("mAP") and 100 * row["mAP"]),
 }
 BUILD_COLUMNS: dict[str, Callable[[Row], str]] = {
     "launch": lambda row: row["launch"],
@@ -80,11 +82,13 @@ LEGEND = (
 def main(argv: Sequence[str] | None = None, results: Path = RESULTS) -> int:
     """Measure, record or report, as the arguments say."""
     parser = argparse.ArgumentParser(description="Time our ops against every honest alternative, in one process.")
-    parser.add_argument("--suite", choices=(*SUITES, "all"))
+    parser.add_argument("--suite", choices=(*SUITES, "all", PEERS))
     parser.add_argument("--record", action="store_true", help="append the numbers to bench/results")
     parser.add_argument("--report", action="store_true", help="show all recorded numbers as a markdown table")
     parser.add_argument("--compile", action="store_true", help="on a CPU too, also time compiled plain alternatives")
     parser.add_argument("--cpu", action="store_true", help="time the CPU paths although there is a GPU")
+    parser.add_argument("--peers", type=Path, help="folder of the other tools' sources, of the suite peers")
+    parser.add_argument("--data", type=Path, help="folder that holds Market-1501, for the suite peers")
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--full", dest="size", action="store_const", const="full", help="real sizes: for a GPU")
     sizes.add_argument("--quick", dest="size", action="store_const", const="quick", help="tiny, to see that all works")
@@ -93,7 +97,7 @@ def main(argv: Sequence[str] | None = None, results: Path = RESULTS) -> int:
         parser.error("one of --suite and --report is needed")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     gpu = device.type == "cuda"
-    settings = Settings(args.size or ("full" if gpu else "default"), device, args.compile or gpu)
+    settings = Settings(args.size or ("full" if gpu else "default"), device, args.compile or gpu, args.peers, args.data)
     suites = SUITES if args.suite == "all" else tuple(filter(None, [args.suite]))
     ceilings = measure_ceilings(settings) if suites else Ceilings(0, 0)
     failed = False
@@ -131,7 +135,7 @@ def run_suite(suite: str, settings: Settings, ceilings: Ceilings) -> tuple[list[
     errors: list[Exception] = []
     for case in cases:
         try:
-            work, measured = measure(case, settings, SECONDS_PER_CASE)
+            work, measured = getattr(module, "measure", measure)(case, settings, SECONDS_PER_CASE)
         except (WrongResultError, torch.OutOfMemoryError) as error:
             errors.append(error)
             continue
@@ -194,7 +198,7 @@ def record(rows: Sequence[Row], results: Path) -> None:
 
 def report(results: Path) -> str:
     """Render all records, device by device; a record is stale once a source of its suite has changed."""
-    current = {suite: digest(suite) for suite in SUITES}
+    current = {suite: digest(suite) for suite in (*SUITES, PEERS)}
     columns = COLUMNS | {
         "torch": lambda row: row["torch"],
         "commit": lambda row: row["commit"],

@@ -39,6 +39,8 @@ class Settings:
     size: str  # quick, default or full
     device: torch.device
     compile: bool = False  # also time a compiled version of the plain alternative
+    peers: Path | None = None  # folder of the other tools' sources
+    data: Path | None = None  # folder of Market-1501
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,6 +82,7 @@ class Measurement:
     warm_ms: float | None  # median with a warm L2; of a CUDA graph only
     peak_gib: float | None  # above what was allocated before the call; on a CPU above what was resident
     cores: float | None = None  # kept busy on average, in workers too; where items are delivered
+    mAP: float | None = None  # of the features that the call is about; of whole tools only
 
 
 def measure(case: Case, settings: Settings, seconds: float) -> tuple[Work, list[Measurement]]:

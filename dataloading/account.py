@@ -49,13 +49,15 @@ def account_as_json(
 
 def refusal_as_json(cfg: DatasetsConfig, error: Exception) -> dict[str, Any]:
     """Return the same account of a data set that cannot be used: all that was found is left out, verdict wrong."""
-    root = Path(cfg.ROOT_DIR).expanduser()
-    found, left_out = find_files(root) if root.is_dir() else ([], {})
-    reasons = {str(error).splitlines()[0]: found} if found else {}
-    account = {reason: [printable(path) for path in paths] for reason, paths in (reasons | left_out).items()}
+    roots = list(dict.fromkeys(Path(one.ROOT_DIR).expanduser() for one in (*cfg.sets, *cfg.test_sets)))
+    account: dict[str, list[str]] = {}
+    for root in filter(Path.is_dir, roots):
+        found, left_out = find_files(root)
+        for reason, paths in {**({str(error).splitlines()[0]: found} if found else {}), **left_out}.items():
+            account.setdefault(reason, []).extend(map(printable, paths))
     return {
-        "name": cfg.NAMES,
-        "root": printable(root),
+        "name": " + ".join(str(one.NAMES) for one in cfg.sets),
+        "root": ", ".join(map(printable, roots)),
         "found": sum(map(len, account.values())),
         "used": 0,
         "left_out": account,

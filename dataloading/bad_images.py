@@ -37,7 +37,7 @@ class BadImages:
     folder: Path | None = None  # OUTPUT_DIR; None: no list is written
     main: bool = True
     total: int = 0  # files checked
-    root: str = ""  # of the data set, once checked
+    members: tuple[Split, ...] = ()  # data sets, once checked
     entries: Mapping[str, Entry] = field(default_factory=dict)  # of the files checked
 
     def check(self, split: Split, parts: Sequence[str] = PARTS, decode: Callable[[str], object] | None = None) -> Split:
@@ -47,9 +47,12 @@ class BadImages:
         are replaced or left out. `decode` as for `scan`.
         """
         records: dict[str, tuple[Record, ...]] = {part: getattr(split, part) for part in PARTS}
-        self.entries = entries = scan(split.root, [r.path for part in PARTS for r in records[part]], decode)
+        entries: dict[str, Entry] = {}
+        for one in split.members:
+            entries |= scan(one.root, split.paths & one.paths, decode)
+        self.entries = entries
         faults = {path: entry.fault for path, entry in entries.items() if entry.fault}
-        self.root, self.total = split.root, len(entries)
+        self.members, self.total = split.members, len(entries)
         goes_on = self.on_bad == "skip" and len(faults) <= self._tolerated
         replacements = _replacements(split.train, faults) if goes_on and "train" in parts else {}
         split = replace(split, warnings=(*split.warnings, *dataset_warnings(entries, split)))
@@ -75,6 +78,8 @@ class BadImages:
         for path in sorted({record.path for part in parts for record in records[part]} & faults.keys()):
             left_out.setdefault(f"a bad image file: {faults[path]}", []).append(path)
         account = {reason: tuple(paths) for reason, paths in left_out.items()}
+        if split.tested:
+            used["tested"] = tuple(_without(one, faults) for one in split.tested)
         return replace(split, **used, left_out=account, note="; ".join(filter(None, [split.note, note])))
 
     def check_images(self, records: Sequence[Record]) -> tuple[Record, ...]:
@@ -92,8 +97,10 @@ class BadImages:
     def report_late(self, record: Record, error: BaseException, replacement: Record | None) -> None:
         """Record a training file that turned bad. DataError: it has no replacement, or too many have turned bad."""
         why = reason(error)
-        if self.root and getattr(error, "errno", None) is None:  # what a disk says may pass
-            mark_bad(self.root, record.path, why)
+        if getattr(error, "errno", None) is None:  # what a disk says may pass
+            for one in self.members:
+                if record.path in one.paths:
+                    mark_bad(one.root, record.path, why)
         count = self._write([("train", record.path, why, replacement)], more=True)
         if replacement is None:
             choice = "" if self.on_bad == "skip" else ", or set DATASETS.ON_BAD skip"
@@ -144,6 +151,12 @@ class BadImages:
                     named = LINES.validate_json(read_file(str(self.folder / FILE))) + named
             write_json(self.folder / FILE, named)
         return len({line.get("path") for line in named})
+
+
+def _without(split: Split, faults: Mapping[str, str]) -> Split:
+    """Return a data set without these queries and gallery images."""
+    kept = {part: tuple(r for r in getattr(split, part) if r.path not in faults) for part in ("query", "gallery")}
+    return replace(split, query=kept["query"], gallery=kept["gallery"])
 
 
 def replacement_candidates(records: Sequence[Record], position: int) -> list[int]:

@@ -6,7 +6,7 @@ from itertools import zip_longest
 
 from fusionreid.dataloading.image_files import open_file
 from fusionreid.dataloading.index import Entry
-from fusionreid.dataloading.records import PARTS, Record, Split, printable
+from fusionreid.dataloading.records import Record, Split, printable
 
 SLENDER = 10  # a side this many times the other surely shows no person
 NAMED = 10
@@ -25,13 +25,18 @@ def dataset_warnings(entries: Mapping[str, Entry], split: Split) -> Iterator[str
             f"{len(turned):,} images ask in their EXIF data to be turned, and are read as they are stored: "
             f"{_names(turned)}; if they show people lying, store them upright"
         )
-    parts = {part: [record for record in getattr(split, part) if record.path in good] for part in PARTS}
-    for part, records in parts.items():
-        yield from _within(good, part, records, split.person_names)
-    train, query, gallery = ([record.path for record in parts[part]] for part in PARTS)
-    if both := duplicates(good, query, gallery):
-        yield f"{len(both):,} gallery images are queries too, byte for byte: {_names(other for _, other in both)}"
-    if leaks := duplicates(good, train, [*query, *gallery]):
+    train = [record for record in split.train if record.path in good]
+    yield from _within(good, "train", train, split.person_names)
+    tested: list[str] = []
+    for test in split.tests:
+        for part in ("query", "gallery"):
+            records = [record for record in getattr(test, part) if record.path in good]
+            yield from _within(good, part, records, test.person_names)
+        query, gallery = ([r.path for r in records if r.path in good] for records in (test.query, test.gallery))
+        if both := duplicates(good, query, gallery):
+            yield f"{len(both):,} gallery images are queries too, byte for byte: {_names(other for _, other in both)}"
+        tested += [*query, *gallery]
+    if leaks := duplicates(good, [record.path for record in train], tested):
         pairs = _pairs(leaks)
         yield f"{len(leaks):,} test images are in train too, byte for byte, which flatters every measure: {pairs}"
     yield from few_persons(split)
@@ -39,11 +44,13 @@ def dataset_warnings(entries: Mapping[str, Entry], split: Split) -> Iterator[str
 
 def few_persons(split: Split) -> Iterator[str]:
     """Yield a line if the test set has too few persons to measure anything."""
-    searched = {record.person for record in split.query}
-    if len(searched | {record.person for record in split.gallery}) == 1:
-        yield "query and gallery show one person only: every match is right, and mAP 100 %, whatever the model does"
-    elif len(searched) == 1:
-        yield "all queries show one person: the results are of that person, and say little about the model"
+    for test in split.tests:
+        name, searched = f"{test.label}: " if split.tested else "", {record.person for record in test.query}
+        if len(searched | {record.person for record in test.gallery}) == 1:
+            right = "every match is right, and mAP 100 %, whatever the model does"
+            yield f"{name}query and gallery show one person only: {right}"
+        elif len(searched) == 1:
+            yield f"{name}all queries show one person: the results are of that person, and say little about the model"
 
 
 def _within(

@@ -92,16 +92,19 @@ class ImageSet:
             normalize=normalize,
         )
 
-    def cached(self, root: str, share: slice = slice(None), *, fill: bool = True) -> tuple[CachedImages | None, str]:
+    def cached(
+        self, root: str, share: slice = slice(None), *, fill: bool = True, prefix: str = ""
+    ) -> tuple[CachedImages | None, str]:
         """Return the images of `share` from the cache, or None, and a line that says which, with sizes.
 
-        DATALOADER.CACHE and the free memory decide. The cache file lies in the index folder of `root`; with `fill` a
-        missing one is written.
+        DATALOADER.CACHE and the free memory decide. The cache file lies in the index folder of `root`, its name begins
+        with `prefix`; with `fill` a missing one is written.
         """
         size, cfg = self.size, self.cfg
         num_bytes = len(self.paths) * size[0] * size[1] * 3
         place, how = self._place(num_bytes, share), f"{self._backend()} {self.resize}"
-        part = f"{Path(root).stem}-{self.part}" if os.path.isfile(root) else self.part  # lists may lie side by side
+        prefix = prefix or (Path(root).stem if os.path.isfile(root) else "")  # lists may lie side by side
+        part = f"{prefix}-{self.part}".lstrip("-")
         name = f".fusionreid-{part}-{size[0]}x{size[1]}-{how.replace(' ', '-')}.safetensors"
         file = index_folder(root) / name
         what = f"{len(self.paths):,} {self.part} images of {size[0]} x {size[1]}, {num_bytes * 1e-6:,.0f} MB decoded"

@@ -46,11 +46,13 @@ class TrainLoader:
         device: torch.device | str = "cpu",
         bad_images: BadImages | None = None,
     ) -> None:
-        check_batch(split, batch_size, loader_cfg.NUM_INSTANCE, world_size)
+        balance = loader_cfg.BALANCE_SETS and len(split.sets) > 1
+        check_batch(split, batch_size, loader_cfg.NUM_INSTANCE, world_size, balance=balance)
         self.batch_size, self.instances, self.seed = batch_size, loader_cfg.NUM_INSTANCE, seed
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self._input, self._labels = input_cfg, np.array(split.labels)
         self._cameras = np.array([record.camera for record in split.train])
+        self._sets = np.repeat(np.arange(len(split.sets)), [len(one.train) for one in split.sets]) if balance else None
         images = ImageSet(
             "train",
             split.train,
@@ -62,7 +64,8 @@ class TrainLoader:
             bad_images=bad_images,
         )
         self._paths, self._replacements = images.paths, images.reader.replacements
-        cached, self.note = images.cached(split.root)
+        one = split.sets[0] if len(split.sets) == 1 else split
+        cached, self.note = images.cached(one.root, prefix="+".join(each.label for each in one.sets))
         self._dali = None if cached else images.augmented_by_dali(input_cfg.PIXEL_MEAN, input_cfg.PIXEL_STD)
         self._source = cached or self._dali or images.from_files()
         self._plan: tuple[int, EpochPlan] | None = None  # of the last epoch asked for
@@ -74,6 +77,7 @@ class TrainLoader:
                 self._labels,
                 persons_per_batch=self.batch_size // self.instances,
                 instances=self.instances,
+                sets=self._sets,
                 seed=self.seed,
                 epoch=epoch,
                 height=self._input.SIZE_TRAIN[0],
@@ -92,6 +96,8 @@ class TrainLoader:
     def total_steps(self, epochs: int) -> int:
         """Return the number of batches of the first epochs, exact unless there are very many."""
         persons = self.batch_size // self.instances
+        if self._sets is not None:  # all epochs are equally long
+            return epochs * self.steps(1)
         return total_steps(
             self._labels, persons_per_batch=persons, instances=self.instances, seed=self.seed, epochs=epochs
         )

@@ -3,6 +3,7 @@
 A batch is P persons x K images. A person's images are shuffled and cut into groups of K (a rest below K is left out;
 fewer than K in all: K drawn with replacement). Each batch takes the next group of P persons drawn from those that have
 groups left, until fewer than P have. Source: Hermans et al., arXiv:1703.07737; Luo et al., arXiv:1903.07071.
+Of S balanced data sets each fills P / S places of every batch so, and starts anew as often as it takes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from fusionreid.dataloading.records import DataError
 from fusionreid.kernels.philox import AUGMENTATION, SAMPLING, Words, below, philox, uniform
 
 COUNTED = 200_000  # groups of images, to know how many steps a training takes
-SHUFFLE, REPLACEMENT, PERSONS = range(3)  # what a sampling counter's third word says the bits are for
+SHUFFLE, REPLACEMENT, PERSONS = range(KINDS := 3)  # what a sampling counter's third word says the bits are for
 ERASED_AREA = (0.02, 1 / 3)  # of the image
 ERASED_ASPECT = (0.3, 1 / 0.3)  # height over width, log-uniform
 ERASING_TRIES = 10
@@ -69,10 +70,17 @@ def epoch_plan(
     padding: int = 10,
     flip_prob: float = 0.5,
     erase_prob: float = 0.5,
+    sets: np.ndarray | None = None,
 ) -> EpochPlan:
-    """Plan an epoch for records with these labels, 0..persons-1 each at least once; height and width in pixels."""
-    key = (seed, epoch)
-    image = _sample(np.asarray(labels, np.int64), persons_per_batch, instances, key)
+    """Plan an epoch for records with these labels, 0..persons-1 each at least once; height and width in pixels.
+
+    `sets` (N,) are the data sets to balance, 0, 1, ... in the order of the labels; S must divide the persons.
+    """
+    key, labels = (seed, epoch), np.asarray(labels, np.int64)
+    if sets is None:
+        image = _sample(labels, persons_per_batch, instances, key)
+    else:
+        image = _balanced(labels, sets, persons_per_batch, instances, key)
     position = torch.arange(len(image))
     words = philox(key, (position, 0, 0, AUGMENTATION))
     shift = torch.stack((below(words[1], 2 * padding + 1), below(words[2], 2 * padding + 1)), dim=1) - padding
@@ -88,30 +96,51 @@ def epoch_plan(
     )
 
 
-def _sample(labels: np.ndarray, persons_per_batch: int, instances: int, key: tuple[int, int]) -> np.ndarray:
-    """Draw the record at every position, (L,) int64."""
+def _balanced(
+    labels: np.ndarray, sets: np.ndarray, persons_per_batch: int, instances: int, key: tuple[int, int]
+) -> np.ndarray:
+    """Draw as `_sample`, for about as many images as there are, the persons of a batch from each set in turn."""
+    number = int(sets[-1]) + 1
+    steps = int(np.maximum(np.bincount(labels) // instances, 1).sum()) // persons_per_batch
+    drawn = []
+    for one in range(number):
+        records, images, passes = np.flatnonzero(sets == one), np.empty(0, np.int64), 0
+        own, share = labels[records] - labels[records].min(), persons_per_batch // number
+        while len(images) < steps * share * instances:
+            again = _sample(own, share, instances, key, 1 + one + number * passes)
+            images, passes = np.concatenate([images, records[again]]), passes + 1
+        drawn.append(images[: steps * share * instances].reshape(steps, share, instances))
+    return np.stack(drawn, axis=2).reshape(-1)
+
+
+def _sample(
+    labels: np.ndarray, persons_per_batch: int, instances: int, key: tuple[int, int], stream: int = 0
+) -> np.ndarray:
+    """Draw the record at every position, (L,) int64; of each `stream` independently."""
     counts = np.bincount(labels)
     if len(counts) < persons_per_batch or not counts.all():
         raise DataError(
             f"a batch of {persons_per_batch} persons needs as many persons with images, got {np.count_nonzero(counts)} "
             f"persons for {len(counts)} labels"
         )
-    groups, first_group = _groups(labels, counts, instances, key)
+    groups, first_group = _groups(labels, counts, instances, key, stream)
     taken = [0] * len(counts)
     chosen: list[int] = []  # groups
-    for batch in _persons_of_batches(np.maximum(counts // instances, 1), persons_per_batch, key):
+    for batch in _persons_of_batches(np.maximum(counts // instances, 1), persons_per_batch, key, stream):
         for person in batch:
             chosen.append(first_group[person] + taken[person])
             taken[person] += 1
     return groups[chosen].reshape(-1)
 
 
-def _persons_of_batches(num_groups: np.ndarray, persons_per_batch: int, key: tuple[int, int]) -> Iterator[list[int]]:
+def _persons_of_batches(
+    num_groups: np.ndarray, persons_per_batch: int, key: tuple[int, int], stream: int = 0
+) -> Iterator[list[int]]:
     """Yield the persons of every batch, drawn from those with groups left; `num_groups` is how many each has."""
     steps = int(num_groups.sum()) // persons_per_batch  # never more
     step, place = torch.arange(steps)[:, None], torch.arange(persons_per_batch)
     ready, left = list(range(len(num_groups))), num_groups.tolist()
-    for words in philox(key, (step, place, PERSONS, SAMPLING))[0].tolist():
+    for words in philox(key, (step, place, PERSONS + KINDS * stream, SAMPLING))[0].tolist():
         if len(ready) < persons_per_batch:
             break
         for place, bits in enumerate(words, 1):  # P of the persons ready, drawn to the end of the list
@@ -142,10 +171,10 @@ def total_steps(
 
 
 def _groups(
-    labels: np.ndarray, counts: np.ndarray, instances: int, key: tuple[int, int]
+    labels: np.ndarray, counts: np.ndarray, instances: int, key: tuple[int, int], stream: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cut into groups of K records, (groups, K) int64, person after person; also the first group of every person."""
-    order = philox(key, (torch.arange(len(labels)), 0, SHUFFLE, SAMPLING))[0].numpy()
+    order = philox(key, (torch.arange(len(labels)), 0, SHUFFLE + KINDS * stream, SAMPLING))[0].numpy()
     shuffled = np.lexsort((order, labels))  # by person, then at random
     start = np.cumsum(counts) - counts  # of each person within `shuffled`
     num_groups = np.maximum(counts // instances, 1)
@@ -154,7 +183,9 @@ def _groups(
     number = np.arange(len(person)) - first_group[person]  # of a group among its person's
     member = number[:, None] * instances + np.arange(instances)  # place among the person's images
     scarce = np.flatnonzero(counts < instances)
-    words = philox(key, (torch.from_numpy(scarce)[:, None], torch.arange(instances), REPLACEMENT, SAMPLING))
+    words = philox(
+        key, (torch.from_numpy(scarce)[:, None], torch.arange(instances), REPLACEMENT + KINDS * stream, SAMPLING)
+    )
     member[first_group[scarce]] = below(words[0], torch.from_numpy(counts[scarce])[:, None]).numpy()
     return shuffled[start[person][:, None] + member], first_group
 

@@ -5,12 +5,16 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 from fusionreid.errors import ReIDError
 
 PARTS = ("train", "query", "gallery")
 LeftOut = dict[str, list[str]]  # reason -> paths
+OWN = "folder", "market", "csv"  # readers of own data
+UNTRAINED = "to train on, in a data set that is only tested on"
+UNTESTED = "query or gallery of a data set that is not tested on"
 JUNK, HIDDEN = "junk: person -1", "hidden, or a system's metadata"  # left out of every data set without a warning
 
 
@@ -44,6 +48,8 @@ class Split:
     warnings: tuple[str, ...] = ()
     person_names: Mapping[int, str] = field(default_factory=dict)
     camera_names: Mapping[int, str] = field(default_factory=dict)
+    sets: tuple["Split", ...] = ()  # of a union: the data sets to train on, as they were read
+    tested: tuple["Split", ...] = ()  # of a union: those to test on
 
     def __post_init__(self) -> None:
         for part in ("query", "gallery"):
@@ -52,6 +58,21 @@ class Split:
                     f"{self.name}: no images for {part} in {printable(self.root)}; query and gallery are always "
                     "needed, train as well for training"
                 )
+
+    @property
+    def label(self) -> str:
+        """Name that tells the data set from others: that of its reader, or for own data that of its folder or list."""
+        return (self.name in OWN and printable(Path(self.root).stem)) or self.name
+
+    @property
+    def members(self) -> tuple["Split", ...]:
+        """Data sets of a union, those to train on first; else the split itself."""
+        return tuple({one.label: one for one in (*self.sets, *self.tested)}.values()) or (self,)
+
+    @property
+    def tests(self) -> tuple["Split", ...]:
+        """Data sets whose queries are each searched in their own gallery."""
+        return self.tested or (self,)
 
     @cached_property
     def persons(self) -> tuple[int, ...]:
@@ -85,9 +106,14 @@ class Split:
         return self.cameras[-1] + 1 if self.train else 0
 
     @cached_property
+    def paths(self) -> set[str]:
+        """Files in the three parts."""
+        return {record.path for part in PARTS for record in getattr(self, part)}
+
+    @property
     def used(self) -> int:
         """Number of files in the three parts."""
-        return len({record.path for part in PARTS for record in getattr(self, part)})
+        return len(self.paths)
 
     @property
     def found(self) -> int:
@@ -101,7 +127,8 @@ class Split:
 
     def describe(self) -> str:
         """Table of images, persons and cameras per part, then the files left out by reason."""
-        lines = [f"{self.name} in {printable(self.root)}", f"{'part':8}{'images':>10}{'persons':>10}{'cameras':>10}"]
+        lines = [one.describe() for one in self.members if one is not self]
+        lines += [f"{self.name} in {printable(self.root)}", f"{'part':8}{'images':>10}{'persons':>10}{'cameras':>10}"]
         for part in PARTS:
             records = getattr(self, part)
             persons, cameras = {r.person for r in records}, {r.camera for r in records}
@@ -115,7 +142,7 @@ class Split:
 
 def is_worth_a_warning(left_out: Collection[str]) -> bool:
     """Tell whether there is a reason for leaving images out that their owner may not expect."""
-    return bool({*left_out} - {JUNK, HIDDEN})
+    return bool({*left_out} - {JUNK, HIDDEN, UNTRAINED, UNTESTED})
 
 
 def printable(path: str | os.PathLike[str]) -> str:
@@ -124,12 +151,15 @@ def printable(path: str | os.PathLike[str]) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def check_batch(split: Split, batch_size: int, instances: int, world_size: int = 1) -> None:
-    """Raise DataError unless a batch is P persons x K instances and each rank can take whole persons."""
-    if not split.train:
+def check_batch(split: Split, batch_size: int, instances: int, world_size: int = 1, *, balance: bool = False) -> None:
+    """Raise DataError unless a batch is P persons x K instances and each rank can take whole persons.
+
+    With `balance` each data set gives equally many of the persons, without repetition.
+    """
+    if empty := [one for one in split.sets or (split,) if not one.train]:
         raise DataError(
-            f"{split.name}: no images for train in {printable(split.root)}; without them it can be evaluated, but "
-            "nothing can be trained"
+            f"{empty[0].label}: no images for train in {printable(empty[0].root)}; without them it can be evaluated, "
+            "but nothing can be trained"
         )
     persons, rest = divmod(batch_size, instances)
     if rest or not persons:
@@ -141,6 +171,18 @@ def check_batch(split: Split, batch_size: int, instances: int, world_size: int =
         raise DataError(
             f"each of {world_size} processes takes whole persons of a batch: SOLVER.IMS_PER_BATCH must be a multiple "
             f"of {world_size} x {instances} = {world_size * instances}, got {batch_size} = {persons} x {instances}"
+        )
+    sets = len(split.sets) if balance and split.sets else 1
+    if persons % sets:
+        raise DataError(
+            f"DATALOADER.BALANCE_SETS: {sets} data sets must give equally many of the {persons} persons of a batch: "
+            f"SOLVER.IMS_PER_BATCH must be a multiple of {sets * instances}, got {batch_size}"
+        )
+    if few := [one for one in split.sets if sets > 1 and one.num_persons < persons // sets]:
+        raise DataError(
+            f"DATALOADER.BALANCE_SETS: {few[0].label} has {few[0].num_persons} persons to train on, a batch needs "
+            f"{persons // sets} of each data set; SOLVER.IMS_PER_BATCH may be at most "
+            f"{few[0].num_persons * sets * instances} here"
         )
     if split.num_persons < persons:
         raise DataError(

@@ -1,13 +1,25 @@
-"""Fill the configuration page from the schema: each key with its type, default and meaning."""
+"""Fill the configuration page from the schema: each key with its type, default and meaning. Equations become MathML."""
 
+import html
 import inspect
 import re
+from types import UnionType
 from typing import Annotated, Any, get_args, get_origin
+
+from latex2mathml.converter import convert
 
 from fusionreid.engine.config import Config
 from fusionreid.schema import Section
 
 KEY = re.compile(r"^    ([A-Z][A-Z_0-9]*): .*?(?:  # (.*))?$")
+EQUATION = re.compile(r"\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)  # as the extension arithmatex leaves them
+
+
+def on_page_content(page_html: str, **_: Any) -> str:
+    """Write equations so that browsers show them without scripts."""
+    return EQUATION.sub(
+        lambda m: convert(html.unescape(m[1] or m[2]), display="inline" if m[1] else "block"), page_html
+    )
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -71,6 +83,8 @@ def kind_of(annotation: Any) -> str:
     choices = get_args(annotation)
     if choices and all(isinstance(choice, (str, int, bool)) for choice in choices):
         return ", ".join(f"`{shown(choice)}`" for choice in choices)
+    if get_origin(annotation) is UnionType:
+        return " or ".join(map(kind_of, choices))
     inner = [kind_of(choice) for choice in choices if choice is not Ellipsis]
     if not inner:
         return "value"

@@ -19,13 +19,13 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from fusionreid.config import ModelConfig, Rate, Section, Switch
+from fusionreid.config import ModelConfig, Rate, Section
 from fusionreid.dataloading.config import DataloaderConfig, DatasetsConfig, InputConfig
 from fusionreid.engine import config_yaml
 from fusionreid.engine.config_files import NoSuchConfig, find_config
 from fusionreid.engine.config_hints import keys_like
 from fusionreid.errors import ReIDError
-from fusionreid.schema import FolderText, PathText
+from fusionreid.schema import FolderText, PathText, Switch, words
 
 LONGEST = 100_000  # characters of a file
 TOLD = 100  # mistakes in a message; a configuration has about as many keys
@@ -35,14 +35,7 @@ class ConfigError(ReIDError, ValueError):
     """Every mistake of a configuration, one per line."""
 
 
-def _words(value: Any) -> Any:
-    """Read one word as a list of one, and `no` as an empty list."""
-    if isinstance(value, str):
-        return tuple(word.strip() for word in value.strip("[]").split(",") if word.strip())
-    return () if value is False else value
-
-
-Loggers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_words)]
+Loggers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(words)]
 
 
 class SolverConfig(Section):
@@ -173,6 +166,8 @@ class Config(Section):
             idle["SOLVER.MARGIN"] = "MODEL.NO_MARGIN is yes"
         if self.MODEL.ID_LOSS_TYPE == "softmax":
             idle["SOLVER.COSINE_MARGIN"] = idle["SOLVER.COSINE_SCALE"] = "MODEL.ID_LOSS_TYPE is softmax"
+        if len(self.DATASETS.sets) == 1:
+            idle["DATALOADER.BALANCE_SETS"] = "DATASETS.NAMES is one data set"
         if not self.MODEL.IF_WITH_CENTER:
             idle["SOLVER.CENTER_LR"] = idle["SOLVER.CENTER_LOSS_WEIGHT"] = "MODEL.IF_WITH_CENTER is no"
         values = {key: attrgetter(key)(self) for key in idle}

@@ -26,8 +26,7 @@ from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.checkpoints.compare import compare
 from fusionreid.engine.checkpoints.load_model import build, find_checkpoint, restore
 from fusionreid.engine.config import Config
-from fusionreid.engine.evaluation.evaluator import check_cameras, split_ids
-from fusionreid.engine.evaluation.retrieval import check_matches
+from fusionreid.engine.evaluation.cameras import tested_in_training
 from fusionreid.engine.training.resume import position_of
 from fusionreid.errors import ReIDError
 from fusionreid.files import write_json
@@ -106,8 +105,8 @@ def examine(
     wrong = [line for name in DATA_ROWS for line in table.told.get(name, "").splitlines()]
     whole, divided = (own.split, own.divided) if own else (split, False)
     if account:
-        refused = refusal_as_json(cfg.DATASETS, DataError("\n".join(wrong)))
-        write_json(account, account_as_json(whole, rule.entries, wrong) if whole else refused)
+        refused = partial(refusal_as_json, cfg.DATASETS, DataError("\n".join(wrong)))
+        write_json(account, account_as_json(whole, rule.entries, wrong) if whole else refused())
     if clean and whole:
         table.row("clean list", lambda: (write_clean(whole, clean, rule.entries, with_parts=not divided), None))
     model = table.row("weights", lambda: _weights(cfg, split))
@@ -169,7 +168,7 @@ def _image_files(cfg: Config, rule: BadImages, split: Split, whole: bool) -> tup
 
 def _batches(cfg: Config, split: Split) -> tuple[str, None]:
     batch, instances = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
-    check_batch(split, batch, instances)
+    check_batch(split, batch, instances, balance=cfg.DATALOADER.BALANCE_SETS)
     persons = batch // instances
     most = persons if cfg.PARALLEL.EXACT is not False else max(persons // 2, 1)  # a process alone mines among two
     shares = ", ".join(str(n) for n in range(1, most + 1) if persons % n == 0)
@@ -180,12 +179,13 @@ def _batches(cfg: Config, split: Split) -> tuple[str, None]:
 
 
 def _test(cfg: Config, split: Split) -> tuple[str, Split]:
-    if split.train:
-        check_cameras(split, split.cameras, cfg)
-    check_matches(*split_ids(split))
-    counts = f"{len(split.query):,} queries in {len(split.gallery):,} images"
+    tested_in_training(split, cfg)
+    lines = [
+        f"{f'{test.label}: ' if split.tested else ''}{len(test.query):,} queries in {len(test.gallery):,} images"
+        for test in split.tests
+    ]
     warnings = tuple(few_persons(split))
-    return "\n".join([counts, *warnings]), replace(split, warnings=warnings, left_out={})
+    return "\n".join([*lines, *warnings]), replace(split, warnings=warnings, left_out={})
 
 
 def _weights(cfg: Config, split: Split | None) -> tuple[str, FusionReID]:

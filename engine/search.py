@@ -47,6 +47,7 @@ def search(
 ) -> None:
     """Print the gallery images, or tracks, nearest to each query."""
     from fusionreid.dataloading.records import printable
+    from fusionreid.engine.evaluation.operating_point import Threshold, measured_threshold
     from fusionreid.engine.galleries.table import GalleryError, is_gallery
     from fusionreid.engine.search_sources import of_cameras, read_source, search_gallery
     from fusionreid.files import write_json
@@ -71,15 +72,16 @@ def search(
             print(f"        nobody{f' at or above {limit}' if at_least is not None else ''}")
         for place, match in enumerate(line["matches"], 1):
             print(f"{place:6}  {match['cosine']:6.3f}  {printable(_named(match, match['path']))}")
+    threshold = None if at_least is None else Threshold(at_least)
+    if threshold is None and not tracks:  # a track's vector is a mean, and more like others than those measured
+        threshold = measured_threshold(among, Path(gallery)) if among is not None else None
+        log.info("%s", threshold.words if threshold else f"which cosine means the same person is not known: "
+                 f"{command_line('evaluate')} measures it")  # fmt: skip
     if json:
         write_json(json, found)
     if picture:
-        from fusionreid.engine.evaluation.operating_point import Threshold, measured_threshold
         from fusionreid.engine.reporting.contact_sheet import write_sheet
 
-        # A track's vector is a mean, and more like others than those that were measured.
-        measured = None if tracks or among is None else measured_threshold(among, Path(gallery))
-        threshold = measured if at_least is None else Threshold(at_least)
         count = write_sheet(picture, f"Search in {printable(gallery)}", found, threshold)
         if count < len(found):
             log.warning("%s shows the first %d of %d queries", picture, count, len(found))
@@ -121,9 +123,8 @@ def options(parser: ArgumentParser) -> None:
 
 
 def ending(_cfg: "Config", *, json: Path | None, picture: Path | None, **_: object) -> Ending:
-    """Say what was written and what usually comes next."""
-    tip = f"measure which cosine means the same person: {command_line('evaluate')} --config_file FILE"
-    return Ending([file for file in (json, picture) if file], tip)
+    """Say what was written."""
+    return Ending([file for file in (json, picture) if file])
 
 
 def nearest(query: "Embeddings", gallery: "Embeddings", count: int, at_least: float = -1.0) -> list[dict[str, Any]]:

@@ -5,9 +5,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
-from fusionreid.schema import PathText, Section, Text
+from fusionreid.schema import PathText, Section, Switch, Text
 
-Switch = Annotated[bool, Field(strict=False)]  # yes/no, on/off, true/false, 1/0
 Rate = Annotated[float, Field(ge=0, lt=1)]  # share that is dropped
 
 

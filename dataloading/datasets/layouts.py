@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +18,7 @@ NAME_OF_CAMERA = re.compile(  # <camera>_<date and time>, or <camera>_<number>
     r"(?P<stamped>.+?)[ _-]+(?:19|20)\d\d[-_.]?\d\d[-_.]?\d\d(?:[ _.T-]*\d+)*|(?P<numbered>.+?)[ _-]+\d+"
 )
 LOOSE = "in no person's folder, and its name does not begin with <person>_c<camera>"
+LINKED = "in a folder that is a link to another one here"
 NAMES = "person and camera from names of files: <person>_c<camera>"
 
 
@@ -86,21 +87,48 @@ def _named_well(paths: Iterable[str], count: int) -> dict[str, Row]:
 
 
 def _of_one(root: Path, files: Sequence[str], left_out: LeftOut) -> Found:
-    """Take person and camera of every image from names of files or folders."""
-    if named_well := _named_well(files, len(files)):
-        _leave_out(LOOSE, [path for path in files if path not in named_well], left_out)
-        return Found([*named_well.values()], left_out, [NAMES], [])
-    folders = {path: tuple(path.removeprefix(f"{root}{os.sep}").split(os.sep)[:-1]) for path in files}
+    """Take person and camera of every image from names of folders or files; from both, where they say the same."""
+    once, linked = _without_links(root, files)
+    _leave_out(LINKED, linked, left_out)
+    folders = {path: tuple(path.removeprefix(f"{root}{os.sep}").split(os.sep)[:-1]) for path in once}
     levels = find_levels_of_one([*folders.values()])
-    _leave_out(LOOSE, [path for path in files if len(folders[path]) <= levels.person], left_out)
-    inside = [path for path in files if len(folders[path]) > levels.person]
+    inside = [path for path in once if len(folders[path]) > levels.person]
+    agreed = ""
+    if named_well := _named_well(once, len(once)):
+        named = [path for path in inside if path in named_well]
+        if not _say_the_same((folders[path][levels.person], named_well[path].person) for path in named):
+            _leave_out(LOOSE, [path for path in once if path not in named_well], left_out)
+            return Found([*named_well.values()], left_out, [NAMES], [])
+        both = ((folder.camera_of(path, folders[path], levels), named_well[path].camera) for path in named)
+        if not _say_the_same(both):
+            levels = levels._replace(camera=None, doubt="")
+        agreed = "; the names of files say the same persons"
+    _leave_out(LOOSE, [path for path in once if len(folders[path]) <= levels.person], left_out)
     cameras = [folder.camera_of(path, folders[path], levels) for path in inside]
     if levels.camera is None and not any(cameras):
         cameras = _prefixes(inside)
     rows = [Row(p, folders[p][levels.person], camera, "") for p, camera in zip(inside, cameras)]
     where = "nowhere" if not any(cameras) else "folders" if levels.camera is not None else "names of files"
-    decision = f"persons from folders, cameras from {where}" + (f"; {levels.why}" if levels.why else "")
+    decision = f"persons from folders, cameras from {where}{agreed}" + (f"; {levels.why}" if levels.why else "")
     return Found(rows, left_out, [decision], [levels.doubt] if levels.doubt else [])
+
+
+def _without_links(root: Path, files: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divide files into those to use, and those that lie in a link to a folder whose own files are there too."""
+    folders = {os.path.dirname(path) for path in files}
+    real = {folder: os.path.realpath(folder) for folder in folders}
+    own = {folder for folder in folders if real[folder] == os.path.realpath(root) + folder.removeprefix(str(root))}
+    linked = {folder for folder in folders - own if real[folder] in {real[other] for other in own}}
+    once = [path for path in files if os.path.dirname(path) not in linked]
+    return once, [path for path in files if os.path.dirname(path) in linked]
+
+
+def _say_the_same(pairs: Iterable[tuple[str | None, str | None]]) -> bool:
+    """Tell whether folders and names of files divide nearly all images alike, by the two names of each."""
+    counts = Counter(pairs)
+    rising = [pair for pair, _ in reversed(counts.most_common())]
+    alike = {*{pair[0]: pair for pair in rising}.values()} & {*{pair[1]: pair for pair in rising}.values()}
+    return len(alike) > 1 and sum(counts[pair] for pair in alike) >= NAMED * counts.total()
 
 
 def _leave_out(reason: str, paths: Sequence[str], left_out: LeftOut) -> None:

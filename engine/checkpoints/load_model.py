@@ -37,7 +37,7 @@ class Trained(NamedTuple):
 
     model: FusionReID
     cameras: tuple[int, ...]
-    dataset: str | None  # DATASETS.NAMES; None: not known
+    datasets: tuple[str, ...]  # readers of DATASETS.NAMES; empty: not known
     camera_names: tuple[str, ...]  # of the cameras, as their owner wrote them
 
 
@@ -95,7 +95,7 @@ def restore(path: Path, cfg: Config) -> Trained:
     cameras = max((len(t) for name, t in published.items() if t.ndim and name.endswith("sie_embed")), default=1)
     model = build(cfg, classes.pop(), cameras)
     load_published(model, published)
-    return Trained(model, tuple(range(cameras)), None, _numbered(range(cameras)))
+    return Trained(model, tuple(range(cameras)), (), _numbered(range(cameras)))
 
 
 def restore_as_trained(path: Path) -> tuple[Trained, Config]:
@@ -121,7 +121,8 @@ def _trained(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Map
         raise CheckpointError(f"{path}: its state.json has {len(names)} camera_names for {len(seen.cameras)} cameras")
     model = build(cfg, seen.classes, max(seen.cameras) + 1)
     load_model(model, {**weights, **tensors.get("average", {})})  # of the weights, if one was kept
-    return Trained(model, tuple(seen.cameras), config_of(state, path).DATASETS.NAMES, tuple(names))
+    datasets = tuple(str(one.NAMES) for one in config_of(state, path).DATASETS.sets)
+    return Trained(model, tuple(seen.cameras), datasets, tuple(names))
 
 
 def _numbered(cameras: Iterable[int]) -> tuple[str, ...]:

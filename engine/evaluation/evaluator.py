@@ -20,7 +20,6 @@ from fusionreid.engine.evaluation.retrieval import Metric, Ranking, rank, rank_b
 __all__ = [
     "Evaluation",
     "NonFiniteError",
-    "Report",
     "check_cameras",
     "evaluate",
     "rank_all",
@@ -29,6 +28,7 @@ __all__ = [
 ]
 
 MODEL = "FusionReID"  # name of the ranking by its features as they are
+LOGGED_RANKS = 1, 5, 10  # of the CMC of each evaluation
 RE_RANKING: dict[bool | str, tuple[int, int] | None] = {False: None, True: (20, 6), "published": (50, 15)}  # k1, k2
 
 
@@ -44,13 +44,16 @@ class Evaluation:
         """The re-ranked one if TEST.RE_RANKING asks for it, else the plain one."""
         return self.rankings.get("re-ranked", self.rankings[MODEL])
 
-
-Report = Callable[[Config, Split, Evaluation, int, Ranks], None]  # called by all ranks; the int is the step
+    @property
+    def measures(self) -> dict[str, float]:
+        """Fractions for the log of a training."""
+        ranks = {f"rank{k}": self.ranking.cmc[k - 1].item() for k in LOGGED_RANKS}
+        return {"mAP": self.ranking.mAP, **ranks, "mINP": self.ranking.mINP}
 
 
 def has_camera_embedding(cfg: Config, cameras: Sequence[int]) -> bool:
     """Whether a model trained with these cameras embeds them; one camera needs no embedding."""
-    return cfg.MODEL.SIE_CAMERA and cfg.MODEL.TRANS_USE and max(cameras) > 0
+    return cfg.MODEL.SIE_CAMERA and cfg.MODEL.TRANS_USE and max(cameras, default=0) > 0
 
 
 def check_cameras(split: Split, cameras: Sequence[int], cfg: Config) -> None:
@@ -59,7 +62,7 @@ def check_cameras(split: Split, cameras: Sequence[int], cfg: Config) -> None:
     if unseen and has_camera_embedding(cfg, cameras) and cfg.TEST.SIE_UNKNOWN == "error":
         new, known = (", ".join(split.camera_names.get(c, str(c + 1)) for c in some) for some in (unseen, cameras))
         raise DataError(
-            f"{split.name}: query or gallery has images of the cameras {new}; training had only {known}, so the model "
+            f"{split.label}: query or gallery has images of the cameras {new}; training had only {known}, so the model "
             "has no embedding for them; set TEST.SIE_UNKNOWN mean to use the mean embedding, or train with "
             "MODEL.SIE_CAMERA no"
         )

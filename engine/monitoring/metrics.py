@@ -129,10 +129,10 @@ class Metrics:
             self._show(step, values, now - self._start)
         return values
 
-    def log_evaluation(self, step: int, epoch: int, measures: Mapping[str, float]) -> None:
-        """Write the measures of an evaluation under `eval/` and their names, on a line of their own."""
+    def log_evaluation(self, step: int, epoch: int, measures: Mapping[str, float], of: str = "") -> None:
+        """Write the measures of an evaluation under `eval/`, `of` and their names, on a line of their own."""
         if self.enabled:
-            values = {f"eval/{name}": float(value) for name, value in measures.items()}
+            values = {f"eval/{of}{name}": float(value) for name, value in measures.items()}
             self._write(step, {"epoch": float(epoch), **values})
 
     def event(self, text: str) -> None:

@@ -38,6 +38,7 @@ class Result(FromFile):
     valid_queries: int
     interval_95: dict[str, tuple[Number, Number]] = {}  # of mAP, mINP and Rank-1
     unmatched_queries: int = 0
+    data: str = ""  # set
 
     def rate_at(self, rank: int) -> float:
         """CMC at a rank; a list shorter than the rank has found all that it will."""

@@ -53,15 +53,20 @@ def _interval(result: Result, name: str, text: str) -> str:
 
 
 def results_table(results: Mapping[str, Result]) -> Table:
-    """Lay out measures in %, the best of each in bold where there are several rows."""
+    """Lay out measures in %, the best of each in bold where several rows are of one data set."""
     rates = [[r.mAP, r.mINP, *(r.rate_at(rank) for rank in SHOWN_RANKS)] for r in results.values()]
-    best = [max(filter(math.isfinite, column), default=math.nan) for column in zip(*rates)]
+    groups: dict[str, list[list[float]]] = {}  # measures on different data are not compared
+    for result, row in zip(results.values(), rates):
+        groups.setdefault(result.data, []).append(row)
+    best = {
+        data: [max(filter(math.isfinite, c), default=math.nan) for c in zip(*rows)] for data, rows in groups.items()
+    }
     measures = "mAP", "mINP", *(f"Rank-{rank}" for rank in SHOWN_RANKS)
     head = ("%", *measures, "mAP, 95 % interval", "valid queries", "without a match")
     rows = [
         [
             Cell(name),
-            *(Cell(percent(rate), len(rates) > 1 and rate == top) for rate, top in zip(row, best)),
+            *(Cell(percent(r), len(groups[result.data]) > 1 and r == top) for r, top in zip(row, best[result.data])),
             Cell(_interval(result, "mAP", "{} to {}") or "n/a"),
             Cell(f"{result.valid_queries:,}"),
             Cell(f"{result.unmatched_queries:,}"),

@@ -27,31 +27,43 @@ VECTOR = "FEAT", "NECK_FEAT", "FEAT_NORM", "FLIP"  # what of TEST decides a vect
 
 def write_results(output: Path, rankings: Mapping[str, Ranking], about: Mapping[str, Any], *, quiet: bool) -> None:
     """Write metrics.json, measures by name and what they are about, and print the table unless `quiet`."""
-    columns = "mAP", "mINP", *(f"Rank-{rank}" for rank in SHOWN_RANKS)
-    lines = [f"{'%':18}{''.join(f'{column:>8}' for column in columns)}{'queries':>9}{'mAP, 95 % interval':>22}"]
     results = {}
     for name, ranking in rankings.items():
         each = [ranking.average_precisions, ranking.inverse_penalties, (ranking.first_ranks == 1).double()]
         low, high = (limits.tolist() for limits in bootstrap(torch.stack(each, 1)))
-        result = Result(
+        results[name] = Result(
             mAP=ranking.mAP,
             mINP=ranking.mINP,
             cmc=ranking.cmc.tolist(),
             valid_queries=ranking.num_valid,
             interval_95=dict(zip(("mAP", "mINP", "Rank-1"), zip(low, high))),
             unmatched_queries=ranking.num_unmatched,
+            data=about.get("data", ""),
         )
-        measures = result.mAP, result.mINP, *(result.rate_at(rank) for rank in SHOWN_RANKS)
-        interval = f"{100 * low[0]:.1f} to {100 * high[0]:.1f}"
-        rates = "".join(f"{100 * value:8.1f}" for value in measures)
-        lines.append(f"{name:18}{rates}{result.valid_queries:9}{interval:>22}")
-        results[name] = result.model_dump()
     if not quiet:
-        print("\n".join(lines))
+        print_results(results)
+    output.mkdir(parents=True, exist_ok=True)
     (output / QUERIES).unlink(missing_ok=True)  # of another evaluation
     evaluated = datetime.now(UTC).isoformat(timespec="seconds")
+    dumped = {name: result.model_dump() for name, result in results.items()}
     kept = _kept(output / METRICS, about)
-    write_sealed(output / METRICS, {**kept, **about, "evaluated": evaluated, "results": results})
+    write_sealed(output / METRICS, {**kept, **about, "evaluated": evaluated, "results": dumped})
+
+
+def print_results(results: Mapping[str, Result]) -> None:
+    """Print the table of results."""
+    columns = "mAP", "mINP", *(f"Rank-{rank}" for rank in SHOWN_RANKS)
+    width = max(18, *(len(name) + 1 for name in results))
+    print(f"{'%':{width}}{''.join(f'{column:>8}' for column in columns)}{'queries':>9}{'mAP, 95 % interval':>22}")
+    for name, result in results.items():
+        rates = "".join(f"{100 * v:8.1f}" for v in (result.mAP, result.mINP, *map(result.rate_at, SHOWN_RANKS)))
+        low, high = result.interval_95["mAP"]
+        print(f"{name:{width}}{rates}{result.valid_queries:9}{f'{100 * low:.1f} to {100 * high:.1f}':>22}")
+
+
+def add_rows(output: Path, test: Path) -> None:
+    """Add the results in the folder of another data set to those in `output`."""
+    _add(output, {"results": {**unseal(output / METRICS)["results"], **unseal(test / METRICS)["results"]}})
 
 
 def _kept(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:

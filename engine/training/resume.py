@@ -72,11 +72,12 @@ def what_decides(cfg: Config) -> dict[str, Any]:
     free = {
         "MODEL": {"DEVICE", "PRETRAIN_PATH", "PRETRAIN_PATH_R", "PRETRAIN_PATH_T"},
         "INPUT": {"SIZE_TEST"},
-        "DATASETS": {"ROOT_DIR", "ON_BAD"},
+        "DATASETS": {"TEST", "ROOT_DIR", "ON_BAD"},
         "DATALOADER": {"NUM_WORKERS", "CACHE"},
         "SOLVER": {"CHECKPOINT_PERIOD", "EVAL_PERIOD", "LOG_PERIOD", "LOGGERS", "PROFILE"},
         "PARALLEL": {"CHECKPOINT", "COMPILE", "DETERMINISTIC", "GRAPH", "SHARD"},
     }
     values = cfg.model_dump(mode="json")
+    values["DATASETS"]["NAMES"] = [one.NAMES for one in cfg.DATASETS.sets]  # wherever they lie
     return {f"{section}.{key}": value for section in free for key, value in values[section].items()
             if key not in free[section]}  # fmt: skip

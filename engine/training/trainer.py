@@ -20,9 +20,9 @@ from fusionreid.engine.distributed import parallel, peers
 from fusionreid.engine.distributed.agreement import check_shared
 from fusionreid.engine.distributed.global_batch import check_mining
 from fusionreid.engine.distributed.numerics import set_numerics
-from fusionreid.engine.evaluation.evaluator import Report, check_cameras, evaluate, split_ids
+from fusionreid.engine.evaluation.cameras import Report, tested_in_training
+from fusionreid.engine.evaluation.evaluator import evaluate
 from fusionreid.engine.evaluation.extract import images_of
-from fusionreid.engine.evaluation.retrieval import check_matches
 from fusionreid.engine.monitoring import manifest, memory
 from fusionreid.engine.monitoring.loggers import logger_factories
 from fusionreid.engine.monitoring.metrics import Metrics
@@ -41,7 +41,6 @@ from fusionreid.weights import load_pretrained
 
 SAVE_SECONDS = 600.0  # a checkpoint is also written at the end of an epoch that this much work would be lost with
 READ_STEPS = {"cpu": 1, "cuda": 20}  # how often the host reads what the device found; no wait in between
-LOGGED_RANKS = 1, 5, 10  # of the CMC of each evaluation
 
 
 class Trainer:
@@ -102,13 +101,12 @@ class Trainer:
         cfg, ranks = self.cfg, self.ranks
         self.bad_images = BadImages(cfg.DATASETS.ON_BAD, self.output, ranks.main)
         self.split = ranks.first(lambda: self.bad_images.check(read_split(cfg.DATASETS)))
-        check_batch(self.split, cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE, ranks.world_size)
+        batch, instances, balance = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE, cfg.DATALOADER.BALANCE_SETS
+        check_batch(self.split, batch, instances, ranks.world_size, balance=balance)
         if ranks.world_size > 1 and not parallel.is_exact(cfg.PARALLEL, ranks):
-            check_mining(cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE, ranks.world_size)
-        check_cameras(self.split, self.split.cameras, cfg)
-        check_matches(*split_ids(self.split))
+            check_mining(batch, instances, ranks.world_size)
+        self.tests = tested_in_training(self.split, cfg)
         self._say(self.split.describe())
-        instances = cfg.DATALOADER.NUM_INSTANCE
         if scarce := scarce_persons(self.split, instances):
             self._say(f"{scarce} persons have fewer than {instances} images: theirs repeat in a batch")
         self.startup.lap("data set")
@@ -231,22 +229,26 @@ class Trainer:
         raise SystemExit(128 + ((self.stop and self.stop.flag) or signal.SIGTERM))
 
     def _evaluate(self) -> None:
-        """Evaluate the weights being saved; the best checkpoint is kept whatever comes."""
+        """Evaluate the weights being saved on every set; by the first one the best checkpoint is kept."""
         parallel.equalise_statistics(self.model)
-        with memory.explained("evaluation", self.cfg), ema.applied() if (ema := self.train_step.ema) else nullcontext():
-            result = evaluate(
-                self.model, self.split, self.test_images, self.split.cameras, self.cfg, self.ranks,
-                before_batch=self._leave_if_asked,
-            )  # fmt: skip
-        parallel.reshard(self.model)
-        epoch, ranking = self.epoch - 1, result.ranking
-        self.metrics.event(f"epoch {epoch}: {ranking.summary()}")
-        ranks = {f"rank{k}": ranking.cmc[k - 1].item() for k in LOGGED_RANKS}
-        self.metrics.log_evaluation(self.step, epoch, {"mAP": ranking.mAP, **ranks, "mINP": ranking.mINP})
-        self._finish_writing(last=self._is_finished)
-        if self.store is not None:
-            self.store.evaluated(self.step, ranking.mAP)
-        self.report(self.cfg, self.split, result, self.step, self.ranks)
+        scores: list[float] = []
+        for test, images in zip(self.tests, self.test_images):
+            average = ema.applied() if (ema := self.train_step.ema) else nullcontext()
+            with memory.explained("evaluation", self.cfg), average:
+                result = evaluate(
+                    self.model, test.split, images, test.cameras, self.cfg, self.ranks,
+                    before_batch=self._leave_if_asked,
+                )  # fmt: skip
+            parallel.reshard(self.model)
+            epoch, of = self.epoch - 1, test.name and f", {test.name}"
+            self.metrics.event(f"epoch {epoch}{of}: {result.ranking.summary()}")
+            self.metrics.log_evaluation(self.step, epoch, result.measures, "" if test.first else f"{test.name}/")
+            scores.append(result.ranking.mAP)
+            if len(scores) == len(self.tests):
+                self._finish_writing(last=self._is_finished)
+                if self.store is not None:
+                    self.store.evaluated(self.step, scores[0])
+            self.report(self.cfg, test, result, self.step, self.ranks)
         self.evaluation_due = False
 
     def _leave_if_asked(self) -> None:
@@ -255,12 +257,11 @@ class Trainer:
             self._leave()
 
     @cached_property
-    def test_images(self) -> TestLoader:
-        """Query and gallery, cached at the first evaluation, when training memory is already allocated."""
-        records = (*self.split.query, *self.split.gallery)
-        images = images_of(records, self.cfg, self.ranks, root=self.split.root, fill=True)
-        self._say(images.note)
-        return images
+    def test_images(self) -> list[TestLoader]:
+        """Queries and galleries, cached at the first evaluation, when training memory is already allocated."""
+        loaders = [images_of(t.records, self.cfg, self.ranks, root=t.split.root, fill=True) for t in self.tests]
+        self._say("\n".join(images.note for images in loaders))
+        return loaders
 
     def _much_is_unsaved(self) -> bool:
         """Whether rank 0's clock says so; all ranks save together."""

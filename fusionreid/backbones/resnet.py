@@ -123,10 +123,16 @@ def _map_size(name: str, model: nn.Module, width: int) -> tuple[int, int]:
 
 
 def _remove_last_stride(model: nn.Module) -> bool:
-    """Stride 1 for the layers of the last stage that then stay aligned with their input; False if there is none."""
-    stage = model.get_submodule(model.feature_info[-1]["module"])
+    """Stride 1 for the layers of the last stage that then stay aligned with their input; False if there is none.
+
+    The last stage of a MobileNet or EfficientNet is two modules of one resolution, of which the first is strided.
+    """
+    parent, _, number = model.feature_info[-1]["module"].rpartition(".")
+    siblings = model.get_submodule(parent)
+    stages = siblings[: int(number) + 1] if number.isdigit() else [siblings.get_submodule(number)]
+    strided = [stage for stage in stages if any(getattr(x, "stride", 1) in (2, (2, 2)) for x in stage.modules())]
     changed = False
-    for layer in stage.modules():
+    for layer in strided[-1].modules() if strided else ():
         if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2) and layer.kernel_size[0] % 2 == 1:
             layer.stride, changed = (1, 1), True
         elif isinstance(layer, nn.AvgPool2d) and layer.kernel_size == layer.stride == 2:

@@ -122,13 +122,14 @@ def _known(name: str, key: str) -> tuple[str, str]:
 
 def fetch(repository: str, file: str) -> str:
     """Return the path of a file of the hub in its client's cache; only one that is not there is asked for."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         return hf_hub_download(repository, file, local_files_only=True)
     except LocalEntryNotFoundError:
-        log.info("downloading the weights %s", repository)  # or a minute without a word where there is no network
+        log.info("downloading the weights %s", repository)
+        get_hf_file_metadata(hf_hub_url(repository, file), timeout=TIMEOUT_S)  # without a network: at once, once
         return hf_hub_download(repository, file, etag_timeout=TIMEOUT_S)
 
 

@@ -17,7 +17,7 @@ QUICK = Settings("quick", torch.device("cpu"))
 KEYS = {
     *("suite", "size", "device", "driver", "threads", "torch", "triton", "commit", "date", "digest", "case", "shape"),
     *("bytes", "operations", "provider", "rounds", "median_ms", "fast_ms", "slow_ms", "warm_ms", "peak_gib", "speed"),
-    *("limit_ms", "bytes_per_s", "operations_per_s", "items", "cores"),
+    *("limit_ms", "bytes_per_s", "operations_per_s", "items", "cores", "mAP"),
 }
 
 
@@ -68,7 +68,7 @@ def imported(path: Path) -> set[Path]:
     return files.union(*map(imported, files))
 
 
-@pytest.mark.parametrize("suite", run.SUITES)
+@pytest.mark.parametrize("suite", [*run.SUITES, run.PEERS])
 def test_a_changed_alternative_makes_a_record_stale(suite: str) -> None:
     """An alternative may be written in another suite's file."""
     covered = {file for pattern in run.patterns(suite) for file in run.ROOT.glob(pattern)}
@@ -86,6 +86,7 @@ def test_a_changed_source_makes_a_record_stale(tmp_path: Path, monkeypatch: pyte
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / name).write_text("one")
     monkeypatch.setattr(run, "SUITES", ("made",))
+    monkeypatch.setattr(run, "PEERS", "made")
     monkeypatch.setattr(run, "import_module", lambda name: SimpleNamespace(SOURCES=("kernels/*.py",)))
     monkeypatch.setattr(run, "ROOT", tmp_path)
     rows = [
@@ -104,7 +105,7 @@ def test_a_changed_source_makes_a_record_stale(tmp_path: Path, monkeypatch: pyte
 
 
 def test_sources_under_test_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len({run.digest(suite) for suite in run.SUITES}) == len(run.SUITES)
+    assert len({run.digest(suite) for suite in (*run.SUITES, run.PEERS)}) == len(run.SUITES) + 1
     monkeypatch.setattr(run, "ROOT", tmp_path)
     with pytest.raises(FileNotFoundError, match="kernels/triplet"):
         run.digest("triplet")

@@ -51,6 +51,42 @@ def test_names_of_files_tell_cameras_and_tracks_are_none(tmp_path, layout, camer
     assert set(split.camera_names.values()) == cameras
 
 
+@pytest.mark.parametrize(("layout", "cameras"), [
+    ("{p}/{c}/{n:03}_c{i}_{n}.png", {"hall", "door"}), ("{p}/day {n}/{n:03}_c{i}_{n}.png", {"1", "2"}),
+    ("{p}/{n:03}_c{i}_{n}.png", {"1", "2"}),
+])  # fmt: skip
+def test_names_of_folders_win_where_names_of_files_say_the_same(tmp_path, layout, cameras):
+    for number, person in enumerate(("Anna", "Bob", "Cy", "-1", "Dora")):
+        write(tmp_path, layout.replace("{n:03}", f"{number:03}"), (person,))
+    (own_name,) = make(tmp_path, "Anna/hall/a person.png").glob("Anna/hall/a*")
+    split = read_own_data(tmp_path).split
+    assert {*split.person_names.values()} == {"Anna", "Bob", "Cy", "Dora"}
+    assert {*split.camera_names.values()} == cameras
+    assert len(split.left_out["junk: person -1"]) == 4
+    assert (str(own_name) in {r.path for r in split.train + split.query + split.gallery}) == ("hall" in cameras)
+
+
+@pytest.mark.parametrize("layout", ["{c}/{p}_c{i}_{n}.png", "monday/{p}_c{i}_{n}.png", "day {n}/{p}_c{i}_{n}.png"])
+def test_names_of_files_win_where_folders_divide_otherwise(tmp_path, layout):
+    split = read_own_data(write(tmp_path, layout)).split
+    assert {*split.person_names.values()} == {*PERSONS}
+    assert {*split.camera_names.values()} == {"1", "2"}
+
+
+def test_a_link_to_a_folder_that_is_read_itself_is_left_out(tmp_path):
+    write(tmp_path / "store/crops", "{p}/{c}/{n}.png")
+    write(tmp_path / "elsewhere", "{p}/{c}/{n}.png", ("Zoe",))
+    crops = tmp_path / "crops"
+    crops.symlink_to(tmp_path / "store/crops")
+    (crops / "0001 again").symlink_to(crops / "0001")
+    (crops / "Zoe").symlink_to(tmp_path / "elsewhere/Zoe")
+    split = read_own_data(crops).split
+    assert {*split.person_names.values()} == {*PERSONS, "Zoe"}
+    assert {reason: len(paths) for reason, paths in split.left_out.items()} == {
+        "in a folder that is a link to another one here": 4
+    }
+
+
 @pytest.mark.parametrize(("layout", "persons"), [
     ("{c}/{p}/{n}.png", ("a", "b", "c")), ("{p}/{c}/{n}.png", ("anna", "bob")), ("{c}/{p}/{n}.png", "abcde")
 ])  # fmt: skip

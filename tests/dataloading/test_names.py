@@ -131,4 +131,4 @@ def test_the_same_persons_through_every_reader(tmp_path):
 def test_a_data_set_in_a_list_of_one():
     assert DatasetsConfig(NAMES=("Market1501",)).NAMES == "Market1501"
     with pytest.raises(ValueError, match="NAMES"):
-        DatasetsConfig(NAMES=("market1501", "msmt17"))
+        DatasetsConfig(NAMES=())

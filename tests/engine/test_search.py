@@ -183,7 +183,9 @@ def test_stored_names_come_back_and_their_threshold_is_drawn(
     page = tmp_path / "found.html"
     argv = ["--query", str(tmp_path / "run"), "--gallery", str(tmp_path / "run"), "--picture", str(page)]
     assert search(argv) == 0
-    assert "a.jpg  anna, hall" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "a.jpg  anna, hall" in told.out
+    assert "cosine 0.300: in the evaluation" in told.err
     assert (
         "cosine 0.300: in the evaluation, 50 % of the pairs of one person reach it, and 1 in 1,000" in page.read_text()
     )
@@ -194,6 +196,7 @@ def test_stored_names_come_back_and_their_threshold_is_drawn(
         (tmp_path / "run/metrics.json").write_text(text)
         assert search(argv) == 0
         assert 'role="separator"' not in page.read_text()
+        assert "which cosine means the same person is not known" in capsys.readouterr().err
     embeddings.save(tmp_path / "old/embeddings", torch.eye(2, 3), records, 0, made)  # before names were kept
     assert search(["--query", str(tmp_path / "old"), "--gallery", str(tmp_path / "old")]) == 0
     assert "b.jpg  2, 2\n" in capsys.readouterr().out

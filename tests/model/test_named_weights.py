@@ -129,6 +129,18 @@ def test_a_download_is_announced_a_kept_file_is_not(monkeypatch: pytest.MonkeyPa
         return f"{repository}/{file}"
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, timeout: None)
     caplog.set_level("INFO")
     assert named.fetch("timm/one", "model.safetensors") == named.fetch("timm/one", "model.safetensors")
     assert caplog.messages == ["downloading the weights timm/one"]
+
+
+def test_without_a_network_the_reason_comes_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    address = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it tries again"))
+    with pytest.raises(Exception, match="refused"):
+        named.fetch("timm/one", "model.safetensors")
+    assert capfd.readouterr().err == ""

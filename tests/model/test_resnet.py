@@ -112,7 +112,9 @@ def test_meta_built_weights_are_all_filled(name: str) -> None:
     assert weight.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.05)
 
 
-@pytest.mark.parametrize(("name", "width"), [("resnet18", 512), ("resnet50d", 2048), ("regnety_002", 368)])
+@pytest.mark.parametrize(
+    ("name", "width"), [("resnet18", 512), ("resnet50d", 2048), ("regnety_002", 368), ("mobilenetv2_100", 1280)]
+)
 def test_timm_cnn_by_name_keeps_the_resolution_of_its_last_stage(name: str, width: int) -> None:
     with torch.device("meta"):
         models = {stride: build_cnn(1, name, last_stride=stride).eval() for stride in (1, 2)}

@@ -18,7 +18,7 @@ def test_the_layout_is_the_tree() -> None:
     here = {
         path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "." and any(path.glob("**/*.[py]*"))
     }
-    assert rooms.keys() == here - {"log", "data", "build"} - {p.name for p in ROOT.glob("*.egg-info")}
+    assert rooms.keys() == here - {"log", "data", "build", "site"} - {p.name for p in ROOT.glob("*.egg-info")}
     for room, about in rooms.items():
         for name in re.findall(r"\b(\w+\.py|\w+/)(?=[\s,;])", about):
             assert (ROOT / room / name).exists(), f"{room} has no {name}"

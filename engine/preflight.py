@@ -206,7 +206,7 @@ def _checkpoint(cfg: Config, model: FusionReID | None) -> tuple[str, None]:
         tensors, state = checkpoint.load(newest)
         position_of(state, newest, cfg)
         if model is not None:
-            compare("the model", model.state_dict(), tensors["model"])
+            compare(f"{newest}: the model", model.state_dict(), tensors.get("model", {}))
         text = f"training resumes from {newest}"
     if cfg.TEST.WEIGHT:
         path = find_checkpoint(cfg)

@@ -92,7 +92,7 @@ class Page:
             (self.passed if report.passed else self.failed)[test] += 1
 
     def pytest_sessionfinish(self) -> None:
-        sweeps, rows = _read(PAGE)
+        sweeps, rows = read(PAGE)
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         for promise, kinds in self.tallies.items():
             numbers = [kinds.total(), *(kinds[kind] for kind in KINDS), round(self.seconds[promise])]
@@ -106,7 +106,7 @@ class Page:
         PAGE.write_text(_page(sweeps, {fault: rows[fault] for fault in FAULTS if fault in rows}), encoding="utf-8")
 
 
-def _read(page: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+def read(page: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """The rows of both tables, by their first cell."""
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
     tables = []

@@ -64,6 +64,16 @@ def untrained(folder: Path, cameras: tuple[str, ...], **keys: object) -> Path:
     return folder
 
 
+def draw_crops(folder: Path) -> None:
+    """Images of eight persons, two by each of two cameras, in folders as `train --data` takes them."""
+    for person in range(8):
+        for camera in ("hall", "door"):
+            for number in range(2):
+                path = folder / f"anna {person}" / camera / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (16, 32), (20 * person, 90 * number, 50 + 100 * (camera == "hall"))).save(path)
+
+
 def command(*argv: str, processes: int = 1, script: str = "train", restarts: int = 0) -> subprocess.Popen[str]:
     launcher = [sys.executable]
     if processes > 1:

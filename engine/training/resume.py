@@ -51,7 +51,8 @@ def find(store: CheckpointStore | None, cfg: Config, ranks: Ranks) -> tuple[Posi
 def position_of(state: Mapping[str, Any], path: Path, cfg: Config) -> Position:
     """Read the position from the state of a checkpoint; CheckpointError if it is of another configuration."""
     ours, theirs = what_decides(cfg), what_decides(config_of(state, path))
-    compare("the configuration", ours, theirs, _way_on(path) if ours[EPOCHS] != theirs[EPOCHS] else "")
+    way = _way_on(path) if ours[EPOCHS] != theirs[EPOCHS] else ""
+    compare(f"{path}: the configuration", ours, theirs, way)
     try:
         return Position.model_validate(state)
     except ValidationError as error:

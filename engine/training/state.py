@@ -56,11 +56,20 @@ class StateCapture:
 
 
 def restore(parts: Mapping[str, Mapping[str, Tensor]] | None, model: nn.Module, step: TrainStep, ranks: Ranks) -> None:
-    """Load what was captured; only rank 0 needs to have it. All ranks call this."""
+    """Load what was captured; only rank 0 needs to have it. All ranks call this.
+
+    CheckpointError if a part is missing, or a tensor of one that is there before the first step, as the optimiser's are
+    not.
+    """
     whole = _on_all_ranks(parts, ranks)
-    own = model.state_dict()
-    compare("the model", own, whole["model"])
-    for name, tensor in own.items():
+    own: Parts = {}
+    for part, name, _, like in _entries(model, step):
+        own.setdefault(part, {})[name] = like
+    needed = dict.fromkeys([*own, "optimizer"], "present")
+    compare("the state", needed, {part: "present" for part in needed if part in whole})
+    for part in own.keys() - {"optimizer"}:
+        compare(f"the {part}", own[part], whole[part])
+    for name, tensor in own["model"].items():
         parallel.local_shard(tensor).copy_(_scatter(whole["model"][name], tensor))
     parameters = step.optimizer.parameters
     step.optimizer.load(

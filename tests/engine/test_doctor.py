@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -16,8 +17,11 @@ from fusionreid.dataloading import shared_memory
 from fusionreid.dataloading.decode import BICUBIC, decode
 from fusionreid.dataloading.records import DataError
 from fusionreid.engine import preflight
+from fusionreid.engine.checkpoints.checkpoint import latest
 from fusionreid.engine.doctor import main
 from fusionreid.engine.train import main as train
+from fusionreid.sealed import entries, seal
+from fusionreid.weights.checkpoint_files import FORMAT, MANIFEST, STATE
 from tests.runs import ROOT, arguments
 
 ROWS = ["versions", "device", "data set", "image files", "batches", "test", "weights", "checkpoint", "disk", "memory"]
@@ -176,9 +180,14 @@ def test_a_checkpoint_that_training_would_refuse_is_wrong_here_too(root, tmp_pat
         assert verdicts(told)["checkpoint"] == "WRONG"
         row = next(line for line in refused.splitlines() if line.startswith(f"  {key.replace('__', '.')}"))
         assert row.strip() in told
+        assert re.search(r"checkpoints/step-\d+: the configuration of the checkpoint does not fit", told)
     for text in (told, refused):  # of the run that was to be longer
         assert "More epochs: the learning rate of every step depends on SOLVER.MAX_EPOCHS" in text
         assert f"MODEL.PRETRAIN_CHOICE checkpoint MODEL.PRETRAIN_PATH {tmp_path}/checkpoints/step-" in text
+    newest = latest(tmp_path / "checkpoints")
+    (newest / MANIFEST).write_bytes(seal({"format": FORMAT, "files": entries([newest / STATE])}))
+    assert main(arguments(root, tmp_path, SOLVER__MAX_EPOCHS=1, SOLVER__EVAL_PERIOD=1)) == 3
+    assert f"{newest}: the model of the checkpoint does not fit" in capfd.readouterr().out
 
 
 def test_a_test_set_of_one_person_is_a_warning_and_not_ok(tmp_path, capfd):

@@ -16,6 +16,7 @@ from fusionreid.dataloading import shared_memory
 from fusionreid.engine import cli, own_run
 from fusionreid.engine.config import load_config
 from fusionreid.weights import named
+from tests.runs import draw_crops
 
 SMALL = [
     *("MODEL.RES_NAME=test_resnet", "MODEL.TRANSFORMER_TYPE=test_vit", "MODEL.MIX_DIM=24", "INPUT.SIZE_TRAIN=(32, 16)"),
@@ -27,13 +28,8 @@ SMALL = [
 def crops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Eight persons, two cameras, two images each, and files that are no images."""
     monkeypatch.chdir(tmp_path)
-    for person in range(8):
-        for camera in ("hall", "door"):
-            for number in range(2):
-                path = tmp_path / "crops" / f"anna {person}" / camera / f"{number}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.new("RGB", (16, 32), (20 * person, 90 * number, 50 + 100 * (camera == "hall"))).save(path)
-    (tmp_path / "crops/loose.png").write_bytes(path.read_bytes())
+    draw_crops(tmp_path / "crops")
+    shutil.copy("crops/anna 7/door/1.png", "crops/loose.png")
     return tmp_path / "crops"
 
 

@@ -13,6 +13,8 @@ from fusionreid.engine import cli
 from fusionreid.engine.config import KEYS, load_config
 from fusionreid.engine.config_files import shipped_configs
 from tests import ROOT
+from tests.faults import FAULTS
+from tests.promises import PAGE, read
 from tests.runs import untrained
 
 sys.path.insert(0, str(ROOT / "docs"))
@@ -114,3 +116,14 @@ def messages(path: Path) -> list[str]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found.append(node.value)
     return found
+
+
+def test_every_promise_has_its_row_and_a_test_that_is_there() -> None:
+    """A test that was renamed would leave the row of its last run on the page."""
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    promised = {text for source in sources.values() for text in re.findall(r'mark\.promise\("(.+)"\)', source)}
+    sweeps, faults = read(PAGE)
+    assert (set(sweeps), set(faults)) == (promised, set(FAULTS))
+    for path, name in re.findall(r"(tests/\S+\.py)::(\w+)", PAGES[PAGE.name]):
+        assert f"def {name}(" in sources[ROOT / path], f"{path} has no {name}"
+    assert not [row for table in (sweeps, faults) for row, cells in table.items() if cells[-3] != "0"], "lost cases"

@@ -20,11 +20,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from fusionreid.engine import cli
 from fusionreid.engine.checkpoints import checkpoint
-from tests.runs import arguments, command, interrupt
+from tests.runs import arguments, command, draw_crops, interrupt
 
 HANG_S = 20  # a command on these files takes one or two
 GROWTH_KIB = 512 * 1024
@@ -122,12 +120,7 @@ def build(folder: Path) -> World:
     world = World(folder / "kept", folder / "world")
     folder = world.place
     folder.mkdir()
-    for person in range(8):
-        for camera in ("hall", "door"):
-            for number in range(2):
-                path = folder / "crops" / f"anna {person}" / camera / f"{number}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.new("RGB", (16, 32), (20 * person, 90 * number, 50 + 100 * (camera == "hall"))).save(path)
+    draw_crops(folder / "crops")
     with within(folder):
         code, text = interrupt(command(*small("half")), Path("half"), 9, signal.SIGTERM)
         assert code == 143, text

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fusionreid.engine.checkpoints import checkpoint
+from fusionreid.engine.checkpoints.checkpoint import CheckpointError
 from fusionreid.engine.evaluation import extract
 from fusionreid.engine.train import main as train
 from fusionreid.engine.training.state import StateCapture, restore
@@ -93,6 +94,12 @@ def test_what_is_captured_stays_while_training_goes_on_and_is_restored() -> None
     again = StateCapture(fresh.model, fresh, fresh.ranks)()
     for part, entries in again.items():
         assert all(torch.equal(t, kept[part][name]) for name, t in entries.items())
+    for part in captured:
+        rest = {name: entries for name, entries in captured.items() if name != part}
+        with pytest.raises(CheckpointError, match=rf"the state of the checkpoint does not .*\n.*\n  {part} +present"):
+            restore(rest, fresh.model, fresh, fresh.ranks)
+    with pytest.raises(CheckpointError, match="the average of the checkpoint does not fit"):
+        restore(captured | {"average": {}}, fresh.model, fresh, fresh.ranks)
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ SOURCES = (
     "dataloading/**/*.py",
     "engine/**/*.py",
     "bench/peers.py",
+    "bench/peer_tools.py",
     "bench/suite_evaluation.py",
     "bench/evaluators.py",
     "bench/machine.py",

@@ -124,10 +124,11 @@ def test_a_closed_one_says_so(paths):
 
 
 RUN = """
-import sys
+import signal, sys
 import numpy as np
 from tests.dataloading.test_dali import pixels_of
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background jobs ignore
 pixels = pixels_of(sys.argv[1:])
 while True:
     for _ in pixels([np.arange(4)] * 100):
@@ -138,9 +139,12 @@ while True:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_at_once(paths, number):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.Popen([sys.executable, "-c", RUN, *paths], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                           env=environment)  # fmt: skip
-    assert run.stdout.readline() == b".\n"
-    run.send_signal(number)
-    run.communicate(timeout=10)
+    with subprocess.Popen([sys.executable, "-c", RUN, *paths], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                          env=environment) as run:  # fmt: skip
+        try:
+            assert run.stdout.readline() == b".\n"
+            run.send_signal(number)
+            run.communicate(timeout=10)
+        finally:
+            run.kill()
     assert run.returncode in (-number, 128 + number)

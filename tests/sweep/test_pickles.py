@@ -103,7 +103,7 @@ def doors(bait: Path, output: Path) -> Iterator[list[str]]:
         for start in starts:
             yield [*start, *given, *small(output)]
             yield [*start, *given, "--config_file", str(bait)]
-            for option in options.keys() - set(read):
+            for option in (option for option in options if option not in read):
                 yield [*start, *(read if option == "--to" else given), option, str(bait), *small(output)]
         if not about.takes_data or name == "train":
             for key in PATH_KEYS:

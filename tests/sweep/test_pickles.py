@@ -90,21 +90,25 @@ def folder(path: Path, bomb: Canary) -> None:
 
 
 def doors(bait: Path, output: Path) -> Iterator[list[str]]:
-    """Command lines that name a file or folder: in each key and each option that takes a path, of each command."""
+    """Command lines that name a file or folder: in each key, option and argument that takes a path, of each command."""
     _, commands = cli.build()
     for name, (about, parser) in commands.items():
-        paths = [action for action in parser._actions if action.type is arguments.path and action.option_strings]
-        needed = {action.option_strings[-1]: str(bait) for action in paths if action.required}
-        given = [word for option, value in needed.items() for word in (option, value)]
-        if name in ("export", "embed"):
-            given[-1] = str(output / "model.pt2")  # written, not read
-        for action in paths:
-            if action.option_strings[-1] not in needed:
-                yield [name, *given, action.option_strings[-1], str(bait), *small(output)]
+        actions = next((action.choices for action in parser._actions if action.dest == "action"), None)  # of a gallery
+        starts = [[name, action, str(bait)] for action in actions] if actions else [[name]]
+        paths = [action for action in parser._actions if action.type in (arguments.path, arguments.place)]
+        options = {action.option_strings[-1]: action.required for action in paths if action.option_strings}
+        written = ["--output", str(output / "model.pt2")] if options.pop("--output", None) is not None else []
+        read = [word for option, is_required in options.items() if is_required for word in (option, str(bait))]
+        given = [*read, *written]
+        for start in starts:
+            yield [*start, *given, *small(output)]
+            yield [*start, *given, "--config_file", str(bait)]
+            for option in (option for option in options if option not in read):
+                yield [*start, *(read if option == "--to" else given), option, str(bait), *small(output)]
         if not about.takes_data or name == "train":
             for key in PATH_KEYS:
                 for choice in CHOICES if key.startswith("MODEL.") else CHOICES[-1:]:
-                    yield [name, *given, *small(output, MODEL__PRETRAIN_CHOICE=choice), f"{key}={bait}"]
+                    yield [*starts[0], *given, *small(output, MODEL__PRETRAIN_CHOICE=choice), f"{key}={bait}"]
 
 
 def small(output: Path, **keys: object) -> list[str]:

@@ -204,10 +204,12 @@ class BoxMOT(Tool):
     @staticmethod
     def evaluator(*, exact: bool) -> Evaluator:
         from boxmot.reid.training.evaluator import compute_distance_matrix, evaluate_ranking
+        from numpy.linalg import norm
 
         def evaluate(query: Any, gallery: Any, ids: Ids) -> float:
-            # Its function of the distances rounds to fp32.
-            distances = 1.0 - query @ gallery.T if exact else compute_distance_matrix(query, gallery)
-            return float(evaluate_ranking(distances, *ids)[1])
+            if exact:  # its function of the distances rounds to fp32, as the unit length of its features is
+                query, gallery = (x / norm(x, axis=1, keepdims=True) for x in (query, gallery))
+                return float(evaluate_ranking(1.0 - query @ gallery.T, *ids)[1])
+            return float(evaluate_ranking(compute_distance_matrix(query, gallery), *ids)[1])
 
         return evaluate

@@ -8,6 +8,7 @@ in the last stage, everything in one process. Q queries, G gallery, D width.
 import collections
 import collections.abc
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,24 +23,24 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 METRIC = {"ours": "euclidean", "torchreid": "euclidean", "fast-reid": "cosine", "boxmot": "cosine"}  # by default
 
 
-class Tool:
+class Tool(ABC):
     """What is asked of every tool, in its own ways."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
 
+    @abstractmethod
     def train(self) -> None:
         """Train without an end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def embed(self) -> Features:
         """Embed query and gallery from their files by the model as trained so far."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def evaluator(*, exact: bool) -> Evaluator:
         """Return the tool's mAP by the metric that it has by default; exact: of fp64 features, and summed in fp64."""
-        raise NotImplementedError
 
 
 class Torchreid(Tool):

@@ -89,7 +89,7 @@ def folder(path: Path, bomb: Canary) -> None:
         (path / name).write_bytes(pickle.dumps(bomb))
 
 
-def doors(bait: Path, output: Path) -> Iterator[list[str]]:
+def command_lines(bait: Path, output: Path) -> Iterator[list[str]]:
     """Command lines that name a file or folder: in each key, option and argument that takes a path, of each command."""
     _, commands = cli.build()
     for name, (about, parser) in commands.items():
@@ -149,7 +149,7 @@ def test_no_command_runs_pickled_code(tmp_path: Path, tally: Tally, monkeypatch:
     canary, bait = tmp_path / "ran", tmp_path / "bait" / name
     bait.parent.mkdir()
     folder(bait, Canary(canary)) if name == "folder" else bait.write_bytes(FILES[name](Canary(canary)))
-    for argv in doors(bait, tmp_path / "out"):
+    for argv in command_lines(bait, tmp_path / "out"):
         code, text = world.run(argv)
         kind = "lost" if canary.exists() or code not in (0, 2, 3, 4) or "Traceback" in text else "refused"
         tally.add(kind if code else "survived", f"{argv[0]} {argv[-1]}: exit {code}: {text[-800:]}")

@@ -101,6 +101,8 @@ def test_balanced_sets_fill_equal_parts_of_every_batch():
     uses = np.bincount(first.image)
     assert uses[sets == 0].max() == 1
     assert uses[sets == 1].min() >= 2, "the smaller set starts anew when it is used up"
+    of_smaller = first.image.reshape(23, 4, 2)[:, 1::2].reshape(23, 4).tolist()
+    assert len({*map(tuple, of_smaller)}) > 12, "each time in another order; a pass has 6 steps at most"
     assert (first.image != second.image).any()
 
 

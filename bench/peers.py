@@ -162,7 +162,7 @@ def evaluate(job: Job) -> Job:
 
 
 def main() -> None:
-    """Do the job and write its result beside it."""
+    """Do the job and write its result to the file that it names."""
     job = json.loads(sys.argv[1])
     if job["source"]:
         sys.path.insert(0, job["source"])

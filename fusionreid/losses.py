@@ -91,6 +91,8 @@ def reid_loss(
     logits = outputs.logits if cosine_margin is None else [cosine_margin(z, persons) for z in outputs.logits]
     identity = smoothed_cross_entropy(logits, persons, label_smoothing)
     triplet = batch_hard_triplet(outputs.features, persons, margin=margin, product_dtype=product_dtype).losses
-    center = center_loss(outputs.features[0], persons) if center_loss is not None else identity.new_zeros(())
-    total = id_weight * identity.sum() + triplet_weight * triplet.sum() + center_weight * center
-    return LossParts(total, identity, triplet, center)
+    total = torch.add(id_weight * identity, triplet, alpha=triplet_weight).sum()
+    if center_loss is None:
+        return LossParts(total, identity, triplet, identity.new_zeros(()))
+    center = center_loss(outputs.features[0], persons)
+    return LossParts(total + center_weight * center, identity, triplet, center)

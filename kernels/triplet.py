@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fusionreid.kernels._path import capability, on_device_of, use_triton
-from fusionreid.kernels._triplet_torch import MIN_SQUARE, Distances, mine, noisy_distances, valid_anchors
+from fusionreid.kernels._triplet_torch import MIN_SQUARE, Loss, noisy_loss
 
 SMALL = 1024  # images of a batch that is mined in small tiles, which spread it over all multiprocessors
 HALF_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -64,24 +63,16 @@ def batch_hard_triplet(
     _check(features, persons, margin, product_dtype)
     if normalize:
         features = [_normalized(x) for x in features]
-    if product_dtype is None and all(use_triton(x) for x in features):
+    if product_dtype is not None:
+        losses, distances, indices, valid = noisy_loss(features, persons, margin, product_dtype)
+    elif all(use_triton(x) for x in features):
         losses, _, pairs, indices, valid = _Loss.apply(persons, margin, *_rows(features))
-        (to_positive, to_negative, *_), (positive, negative) = pairs.unbind(), indices.unbind()
-        return BatchHard(losses, to_positive, to_negative, positive, negative, valid)
-    valid = valid_anchors(persons)
-    with torch.autocast("cuda" if persons.is_cuda else "cpu", enabled=False):
-        exact = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in features]
-        hardest = mine([x.detach() for x in exact], persons, product_dtype)  # (2, N) per head
-        if product_dtype is None:
-            pairs = [Distances.apply(x, chosen) for x, chosen in zip(exact, hardest)]
-        else:
-            pairs = [noisy_distances(x, chosen, product_dtype) for x, chosen in zip(exact, hardest)]
-        to_positive, to_negative = torch.stack(pairs, 1)
-        positive, negative = torch.stack(hardest, 1)
-        gap = to_positive - to_negative  # (heads, N)
-        loss = -F.logsigmoid(-gap) if margin is None else (gap + margin).clamp_min(0)
-        losses = torch.where(valid, loss, 0).sum(1) / valid.sum().clamp_min(1)
-    return BatchHard(losses, to_positive.detach(), to_negative.detach(), positive, negative, valid)
+        distances = pairs[:2]
+    else:
+        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in features)
+        losses, distances, indices, valid = Loss.apply(persons, margin, wanted, *features)
+    (to_positive, to_negative), (positive, negative) = distances.unbind(), indices.unbind()
+    return BatchHard(losses, to_positive, to_negative, positive, negative, valid)
 
 
 def _check(

@@ -65,6 +65,7 @@ def test_matches_brute_force_with_ties_and_any_counts(
     expected, pairs = brute_force(x, persons, margin)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_triplet_torch, "BLOCK_ELEMENTS", 3 * len(persons))  # three anchors at a time
+        patch.setattr(_triplet_torch, "PAIR_ELEMENTS", 2 * width)  # two
         mined = batch_hard_triplet([x], torch.tensor(persons), margin=margin)
     assert_same(mined, reference.batch_hard_triplet([x], torch.tensor(persons), margin=margin))
     assert mined.losses.item() == pytest.approx(expected, rel=1e-5)
@@ -81,7 +82,10 @@ def assert_same(mined: BatchHard, expected: BatchHard) -> None:
 
 
 @pytest.mark.parametrize("margin", [None, 0.3])
-def test_sparse_gradient_equals_the_dense_one_in_every_head(margin: float | None) -> None:
+def test_sparse_gradient_equals_the_dense_one_in_every_head(
+    margin: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_triplet_torch, "PAIR_ELEMENTS", 15)  # three anchors at a time, or fewer
     persons = torch.tensor([0, 1, 0, 2, 2, 2, 1, 3])
     widths = (5, 3, 9)
     ours = [torch.randn(8, w, dtype=torch.float64, requires_grad=True) for w in widths]
@@ -171,12 +175,32 @@ def test_half_precision_input_is_computed_in_fp32_under_autocast_too(dtype: torc
     assert_close("loss", mined.losses, batch_hard_triplet([x.double()], persons).losses, 1e-6)
 
 
-def test_compiles_without_a_graph_break() -> None:
-    x, persons = torch.randn(12, 7), torch.arange(12) // 3
-    compiled = torch.compile(
-        lambda t: batch_hard_triplet([t, 2 * t], persons).losses, backend="aot_eager", fullgraph=True
-    )
-    torch.testing.assert_close(compiled(x), batch_hard_triplet([x, 2 * x], persons).losses)
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_compiles_without_a_graph_break(differentiated: bool) -> None:
+    x, persons = torch.randn(12, 7, requires_grad=differentiated), torch.arange(12) // 3
+
+    def losses(t: Tensor) -> Tensor:
+        return batch_hard_triplet([t, 2 * t], persons).losses
+
+    results = [torch.compile(losses, backend="aot_eager", fullgraph=True)(x), losses(x)]
+    torch.testing.assert_close(*results)
+    if differentiated:
+        torch.testing.assert_close(*(torch.autograd.grad(value.sum(), x) for value in results))
+
+
+def test_heads_of_one_width_are_as_if_alone_whatever_their_types() -> None:
+    persons, upstream = torch.arange(20) // 4, torch.randn(6)
+    types = torch.float32, torch.bfloat16, torch.float64, torch.float32, torch.float16, torch.float32
+    x = [(3 + torch.randn(20, w)).to(t).requires_grad_() for w, t in zip((7, 7, 5, 5, 5, 7), types)]
+    together = batch_hard_triplet(x, persons)
+    gradients = torch.autograd.grad((together.losses * upstream).sum(), x)
+    for head, (value, gradient) in enumerate(zip(x, gradients)):
+        alone = batch_hard_triplet([value], persons)
+        (expected,) = torch.autograd.grad(alone.losses * upstream[head], value)
+        assert gradient.dtype == value.dtype
+        torch.testing.assert_close(gradient, expected, rtol=4 * torch.finfo(value.dtype).eps, atol=1e-7)
+        assert_close("loss", together.losses[head], alone.losses[0], 1e-6)
+        assert torch.equal(together.positive_indices[head], alone.positive_indices[0])
 
 
 @pytest.mark.parametrize(

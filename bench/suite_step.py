@@ -52,6 +52,7 @@ SOURCES = (
 )
 INSTANCES = 4
 TEST_MODEL = {"RES_NAME": "test_resnet", "TRANSFORMER_TYPE": "test_vit", "STRIDE_SIZE": (16, 16), "HTM_LAYER": 1}
+PERSONS = 751  # to tell apart, as in Market-1501
 SIZES: dict[str, tuple[int, tuple[int, int], dict[str, Any]]] = {  # images, their height and width, the MODEL section
     "quick": (8, (32, 16), {**TEST_MODEL, "MIX_DIM": 24}),
     "default": (8, (256, 128), {}),
@@ -68,7 +69,9 @@ Step = Callable[[bool], list[Tensor]]  # exact or not
 def cases(settings: Settings) -> list[Case]:
     """List the cases of a size."""
     images, (height, width), model = SIZES[settings.size]
-    name = f"{model['RES_NAME']} and {model['TRANSFORMER_TYPE']}" if model else "ResNet-50 and ViT-B/16, stride 12"
+    name = f"ResNet-50 and ViT-B/16, stride 12, {PERSONS} persons"
+    if model:
+        name = f"{model['RES_NAME']} and {model['TRANSFORMER_TYPE']}"
     shape = f"{name}, B {images}, {height} x {width}, {_precision(settings)}"
     setups: dict[str, Callable[[Settings], AbstractContextManager[Work]]] = {
         "training step": training_step,
@@ -246,7 +249,8 @@ def _copy(trainer: Trainer) -> FusionReID:
 
 def _config(settings: Settings, folder: str) -> Config:
     images, size, model = SIZES[settings.size]
-    rendered = {"PERSONS": images // INSTANCES, "TEST_PERSONS": 1, "CAMERAS": 2, "IMAGES": INSTANCES // 2}
+    persons = images // INSTANCES if model else PERSONS
+    rendered = {"PERSONS": persons, "TEST_PERSONS": 1, "CAMERAS": 2, "IMAGES": INSTANCES // 2}
     return Config.from_dict(
         {
             "MODEL": {**model, "PRETRAIN_CHOICE": "none", "DEVICE": settings.device.type},

@@ -74,6 +74,8 @@ def _asked(
 
     if is_gallery(query):
         rows, vectors = rows_of(Gallery.open(query, gallery.model))
+        if not rows:
+            raise GalleryError(f"{query} holds no images to search for: fusionreid embed IMAGES --to {query} adds some")
         return [{"query": row["path"], "person": row["person"], "camera": row["camera"]} for row in rows], vectors
     path = Path(query)
     if (embeddings.folder_at(path) / embeddings.INDEX).is_file():

@@ -73,10 +73,12 @@ class Index(BaseModel, strict=True, frozen=True, extra="forbid"):
     paths: list[str]
 
     @model_validator(mode="after")
-    def _counts_agree(self) -> Self:
+    def _fits_together(self) -> Self:
         counts = {len(self.persons), len(self.cameras), len(self.paths), sum(file.rows for file in self.files)}
         if len(counts) > 1 or self.queries > len(self.paths):
             raise ValueError("its numbers of rows do not agree")
+        if not all(isinstance(self.source.get(key, ""), str) for key in ("data", "checkpoint")):
+            raise ValueError("its source names no data set or no checkpoint")
         return self
 
 

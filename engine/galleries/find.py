@@ -104,7 +104,7 @@ def vectors_of(rows: pa.RecordBatch | pa.Table) -> Tensor:
     """The vectors (N, D) of rows in fp32."""
     column = rows["vector"]
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), -1)
+    values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), column.type.list_size)
     return torch.from_numpy(values.astype(np.float32))
 
 

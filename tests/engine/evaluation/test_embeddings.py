@@ -83,7 +83,8 @@ def test_a_file_that_shrinks_after_it_was_read_changes_nothing(folder: Path) -> 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"queries": -3}, {"queries": "3"}, {"queries": 8}, {"source": None}, {"persons": ["1"] * 7}, {"paths": [1] * 7},
+        {"queries": -3}, {"queries": "3"}, {"queries": 8}, {"source": None}, {"source": {"data": 0.5}},
+        {"persons": ["1"] * 7}, {"paths": [1] * 7},
         {"width": 2**60}, {"width": 0}, {"files": []}, {"files": [{"name": "../x.npy", "rows": 7, "digest": ""}]},
         {"more": 1}, {"cameras": [0.5] * 7},
     ],

@@ -93,6 +93,25 @@ def test_files_for_other_programs(shop: str, tmp_path: Path, capsys: pytest.Capt
     np.testing.assert_array_equal(index.search(vectors, 1)[1][:, 0], np.arange(CROPS))
 
 
+def test_a_gallery_without_images_is_searched_and_exported_and_is_no_query(
+    run: SimpleNamespace, shop: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty, image = str(tmp_path / "empty"), str(run.crops / "03.png")
+    other = ["embed", "--config_file", str(run.file), "--images", image, "--to", empty, "--track", "18"]
+    assert cli.main(other) == 0
+    assert ask(capsys, "remove", empty, "--track", "18")[0] == 0
+    file = tmp_path / "all.parquet"
+    for argv in ("list",), ("stats",), ("vacuum",), ("export", "--to", file), ("merge", "--from", empty):
+        code, text = ask(capsys, argv[0], empty, *argv[1:])
+        assert code == 0, text
+    assert "an index needs 256" in ask(capsys, "index", empty)[1]
+    search = ["search", "--config_file", str(run.file), "--query"]
+    assert cli.main([*search, image, "--gallery", empty]) == 0
+    assert "nobody" in capsys.readouterr().out
+    assert cli.main([*search, empty, "--gallery", shop]) == 2
+    assert "empty holds no images to search for" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("argv", "text"), [
     (["remove"], "gallery remove needs one of --person"), (["rename", "--track", "17"], "gallery rename needs --to"),
     (["list", "--to", "3"], "gallery list does not take --to"), (["merge"], "gallery merge needs --from"),

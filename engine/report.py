@@ -5,6 +5,7 @@ pictures, and the log and manifest of training. Of each other folder it shows re
 the runs differ. No model, no images, no GPU.
 """
 
+import logging
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -14,11 +15,14 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":  # a script's own folder must not hide modules, and its project need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from fusionreid.dataloading.records import printable
 from fusionreid.engine import arguments, command
 from fusionreid.engine.arguments import Command, Ending
 
 if TYPE_CHECKING:
     from fusionreid.engine.config import Config
+
+log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,9 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(cfg: "Config", *, compare: Sequence[Path]) -> None:
     """Draw the report of a run again, others beside it if asked."""
+    from fusionreid.engine.reporting.run_record import LOG, METRICS, QUERIES
     from fusionreid.engine.reporting.runs import draw_report
 
     draw_report(Path(cfg.OUTPUT_DIR), cfg, compare)
+    for name, shown in {METRICS: "results", QUERIES: "queries", LOG: "training curves"}.items():
+        if not Path(cfg.OUTPUT_DIR, name).exists():
+            log.warning("%s has no %s: the report shows no %s", printable(cfg.OUTPUT_DIR), name, shown)
 
 
 def options(parser: ArgumentParser) -> None:

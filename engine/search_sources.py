@@ -33,8 +33,9 @@ def read_source(cfg: "Config", path: Path, *, tracks: bool) -> Embeddings | None
         check_finite(stored.features, stored.records)
         return tracks_by_folder(stored) if tracks else stored
     if (path / "checkpoints").is_dir():
-        raise DataError(f"{printable(path)} is a run that was not evaluated, so it has no vectors to search in: "
-                        "evaluate it first, or name a folder or list of images")  # fmt: skip
+        raise DataError(f"{printable(path)} is a run that was not evaluated, so it has no vectors to search in "
+                        f"({embeddings.INDEX} is no file in {printable(folder)}): evaluate it first, or name a folder "
+                        "or list of images")  # fmt: skip
     listed = read_image_list(path) if path.is_file() and is_list(path) else []
     if tracks and (without := [entry.path for entry in listed if not entry.track]):
         raise DataError(f"{printable(path)}: {len(without):,} of {len(listed):,} images have no track, the first is "

@@ -26,11 +26,11 @@ def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
         file.write(seal(values))
 
 
-def unseal(path: Path) -> dict[str, Any]:
-    """Read what `seal` encoded; ValueError if any byte of the file differs, OSError if it cannot be read."""
+def unseal(path: Path, *, required: bool = True) -> dict[str, Any]:
+    """Read what `seal` encoded, as `unsealed` does; OSError if the file cannot be read."""
     check_file(path)
     with open(path, "rb") as file:
-        return unsealed(file.read(MAX_BYTES + 1))
+        return unsealed(file.read(MAX_BYTES + 1), required=required)
 
 
 def unsealed(raw: bytes, *, required: bool = True) -> dict[str, Any]:

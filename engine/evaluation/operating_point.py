@@ -1,6 +1,5 @@
 """The cosine from which on two images show one person, as an evaluation measured it."""
 
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fusionreid.engine.evaluation.embeddings import Embeddings
+from fusionreid.sealed import unseal
 
 RATE = 1e-3  # of false positives that is shown, or the nearest measured
 VECTOR = "FEAT", "NECK_FEAT", "FEAT_NORM", "FLIP"  # what of TEST decides a vector
@@ -47,14 +47,16 @@ def measured_threshold(gallery: Embeddings, path: Path) -> Threshold | None:
     runs = [path, path.parent, *(list(Path(checkpoint).parents[1:2]) if isinstance(checkpoint, str) else [])]
     for run in runs:
         try:
-            metrics = json.loads((run / METRICS).read_bytes())
+            metrics = unseal(run / METRICS, required=False)
             if how_embedded(metrics) == how_embedded(gallery.source):
                 points = [
-                    Threshold(*(float(point[key]) for key in Threshold._fields)) for point in metrics["thresholds"]
+                    Threshold(*(float(point[key]) for key in Threshold._fields))
+                    for point in metrics.get("thresholds", [])
                 ]
-                return min(points, key=lambda point: abs(math.log(point.false_positive_rate / RATE)))
+                if points:
+                    return min(points, key=lambda point: abs(math.log(point.false_positive_rate / RATE)))
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-            log.debug("%s tells no threshold: %r", run / METRICS, error)
+            log.warning("%s tells no threshold: %s", run / METRICS, error)
     return None

@@ -14,7 +14,7 @@ from fusionreid.engine.monitoring.jsonl import is_intact
 from fusionreid.engine.reporting.charts import Point
 from fusionreid.sealed import check_file, unsealed
 
-MANIFEST, METRICS, QUERIES = "manifest.json", "metrics.json", "queries.json"
+MANIFEST, METRICS, QUERIES, LOG = "manifest.json", "metrics.json", "queries.json", "metrics.jsonl"
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ def cosine_text(cosine: float) -> str:
 
 def read_run(folder: Path, name: str) -> RunRecord:
     """Read what is in a folder; DataError where that is neither a training nor an evaluation, or is damaged."""
-    metrics, log_lines = folder / METRICS, folder / "metrics.jsonl"
+    metrics, log_lines = folder / METRICS, folder / LOG
     if not (metrics.is_file() or log_lines.is_file()):
         raise DataError(f"{folder} holds neither {metrics.name} nor {log_lines.name}: train or evaluate that run first")
     manifest = _read(folder / MANIFEST, Manifest, "remove it to draw the report without it")
@@ -203,15 +203,14 @@ def read_run(folder: Path, name: str) -> RunRecord:
         log.warning("%s is missing: the settings of this training are not known", folder / MANIFEST)
     results = _read(metrics, Metrics, "evaluate that run again")
     queries = _read(folder / QUERIES, Queries, "evaluate that run again")
-    lines = read_log(log_lines) if log_lines.is_file() else []
+    lines = read_log(log_lines) if _is_there(log_lines, "remove it to draw the report without it") else []
     return RunRecord(name, results, queries, lines, dict(flat(manifest.config)), manifest.device)
 
 
 def _read(path: Path, content: type[FileContent], remedy: str) -> FileContent:
-    if not path.is_symlink() and not path.exists():
+    if not _is_there(path, remedy):
         return content()
     try:
-        check_file(path)
         found = content.model_validate_json(raw := path.read_bytes())
         unsealed(raw, required=False)
         return found
@@ -221,6 +220,16 @@ def _read(path: Path, content: type[FileContent], remedy: str) -> FileContent:
         raise DataError(f"{path} is damaged: {where and f'{where}: '}{error['msg']}; {remedy}") from invalid
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is damaged: {error}; {remedy}") from error
+
+
+def _is_there(path: Path, remedy: str) -> bool:
+    if not path.is_symlink() and not path.exists():
+        return False
+    try:
+        check_file(path)
+    except OSError as error:
+        raise DataError(f"{path} is damaged: {error}; {remedy}") from error
+    return True
 
 
 def read_log(path: Path) -> list[LogLine]:

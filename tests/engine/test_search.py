@@ -1,6 +1,7 @@
 """A search that cannot be, or means little, says so."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -197,6 +198,13 @@ def test_stored_names_come_back_and_their_threshold_is_drawn(
         assert search(argv) == 0
         assert 'role="separator"' not in page.read_text()
         assert "which cosine means the same person is not known" in capsys.readouterr().err
+    (tmp_path / "run/metrics.json").unlink()
+    os.mkfifo(tmp_path / "run/metrics.json")  # is not waited for
+    assert search(argv) == 0
+    (tmp_path / "run/metrics.json").unlink()
+    (tmp_path / "run/metrics.json").write_bytes(b"[" * 100_000)
+    assert search(argv) == 0
+    assert "metrics.json tells no threshold: it is nested too deeply" in capsys.readouterr().err
     embeddings.save(tmp_path / "old/embeddings", torch.eye(2, 3), records, 0, made)  # before names were kept
     assert search(["--query", str(tmp_path / "old"), "--gallery", str(tmp_path / "old")]) == 0
     assert "b.jpg  2, 2\n" in capsys.readouterr().out

@@ -184,13 +184,21 @@ def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path, name: str) ->
     assert found == 150
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "metrics.jsonl"])
 @pytest.mark.parametrize("place", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path.name)])
-def test_what_is_no_file_is_named_and_not_waited_for(tmp_path: Path, place: Callable[[Path], None]) -> None:
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path: Path, name: str, place: Callable[[Path], None]) -> None:
     run = leave(tmp_path / "run", 0.625, 2)
-    (run / "manifest.json").unlink()
-    place(run / "manifest.json")
-    with pytest.raises(DataError, match=r"manifest\.json is damaged: .*not? "):
+    (run / name).unlink()
+    place(run / name)
+    with pytest.raises(DataError, match=rf"{name} is damaged: .*not? "):
         read_run(run, "run")
+
+
+def test_the_command_tells_what_it_has_nothing_to_show_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = leave(tmp_path / "run", 0.625, 2)
+    (run / "metrics.jsonl").unlink()
+    assert report(arguments(tmp_path, run)) == 0
+    assert "run has no metrics.jsonl: the report shows no training curves" in capsys.readouterr().err
 
 
 def test_a_training_without_its_manifest_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -35,10 +35,13 @@ def report(cfg: "Config", *, compare: Sequence[Path]) -> None:
     from fusionreid.engine.reporting.run_record import LOG, METRICS, QUERIES
     from fusionreid.engine.reporting.runs import draw_report
 
-    draw_report(Path(cfg.OUTPUT_DIR), cfg, compare)
-    for name, shown in {METRICS: "results", QUERIES: "queries", LOG: "training curves"}.items():
-        if not Path(cfg.OUTPUT_DIR, name).exists():
-            log.warning("%s has no %s: the report shows no %s", printable(cfg.OUTPUT_DIR), name, shown)
+    output = Path(cfg.OUTPUT_DIR)
+    draw_report(output, cfg, compare)
+    for folder in (output, *compare):
+        shown = {METRICS: "results", LOG: "training curves"} | ({QUERIES: "queries"} if folder == output else {})
+        for name, what in shown.items():
+            if not (folder / name).exists():
+                log.warning("%s has no %s: the report shows no %s of it", printable(folder), name, what)
 
 
 def options(parser: ArgumentParser) -> None:

@@ -24,7 +24,7 @@ from fusionreid.engine import cli
 from fusionreid.engine.checkpoints import checkpoint
 from tests.runs import arguments, command, draw_crops, interrupt
 
-HANG_S = 20  # a command on these files takes one or two
+HANG_S = 60  # a command on these files takes one or two, an export ten; many more where other work runs
 GROWTH_KIB = 512 * 1024
 CODES = {2, 3, 4, 5}  # of a refusal
 OWN = ["--data", "crops", "--name", "own", "MODEL.RES_NAME=test_resnet", "MODEL.TRANSFORMER_TYPE=test_vit",

@@ -195,10 +195,13 @@ def test_what_is_no_file_is_named_and_not_waited_for(tmp_path: Path, name: str, 
 
 
 def test_the_command_tells_what_it_has_nothing_to_show_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = leave(tmp_path / "run", 0.625, 2)
+    run, other = leave(tmp_path / "run", 0.625, 2), leave(tmp_path / "other", 0.5, 2)
     (run / "metrics.jsonl").unlink()
-    assert report(arguments(tmp_path, run)) == 0
-    assert "run has no metrics.jsonl: the report shows no training curves" in capsys.readouterr().err
+    (other / "metrics.json").unlink()
+    assert report([*arguments(tmp_path, run), "--compare", str(other)]) == 0
+    told = capsys.readouterr().err
+    assert "run has no metrics.jsonl: the report shows no training curves of it" in told
+    assert "other has no metrics.json: the report shows no results of it" in told
 
 
 def test_a_training_without_its_manifest_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

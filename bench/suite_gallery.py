@@ -1,17 +1,21 @@
 """Galleries: images embedded into a table beside a file, exact and indexed search beside faiss and LanceDB alone.
 
 Vectors are made up, fp16 in the table, with fifty images per person. Recall@10 and bytes on disk are printed where a
-case is made ready. Without LanceDB there are no cases; without faiss it is left out.
+case is made ready. Without LanceDB there are no cases; without faiss it is left out. Ten million rows have no hnsw:
+its build took 90 s of one core for 100,000 rows and 342 s for 300,000, so some seven hours for them.
 """
 
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -19,14 +23,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bench.timing import Case, Settings, Work
+from bench.filled_gallery import filled, megabytes
+from bench.timing import P95_CALLS, Case, Settings, Work
 from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.checkpoints.load_model import build
 from fusionreid.engine.config import Config, load_config
 from fusionreid.engine.evaluation.extract import embed_to_folder
 
-SOURCES = ("engine/galleries/*.py", "engine/embedder.py", "engine/evaluation/extract.py", "kernels/neighbours.py")
-NEAREST, PIECE, IMAGES_OF_A_PERSON, QUERIES = 10, 2**17, 50, 100
+SOURCES = ("engine/galleries/*.py", "engine/embedder.py", "engine/evaluation/extract.py", "kernels/neighbours.py",
+           "bench/filled_gallery.py")  # fmt: skip
+NEAREST, RECALL_QUERIES = 10, 100
 ROWS = {"quick": (1_000, 16), "default": (1_000_000, 512), "full": (10_000_000, 512)}  # and width
 CROPS = {"quick": 16, "default": 1024, "full": 8192}
 HALF_PRECISION = 2e-3  # of cosines, from vectors in fp16
@@ -45,7 +51,7 @@ def cases(settings: Settings) -> list[Case]:
         Case(f"{NEAREST} nearest, exactly", shape, partial(exact_search, rows, width)),
         *(
             Case(f"{NEAREST} nearest by an index, {kind}", shape, partial(indexed_search, rows, width, kind))
-            for kind in ("ivf_pq", "hnsw")
+            for kind in (("ivf_pq",) if settings.size == "full" else ("ivf_pq", "hnsw"))
         ),
     ]
 
@@ -81,18 +87,18 @@ def exact_search(rows: int, width: int) -> Iterator[Work]:
     """Prepare the exact search in a table and in memory."""
     from fusionreid.engine.galleries import find
 
-    with _filled(rows, width) as (gallery, query):
-        providers: dict[str, Callable[[], Any]] = {
-            "ours": lambda: find.exact(gallery, query[:1], NEAREST).cosines,
-            "LanceDB": lambda: _by_lancedb(gallery.table.search(query[0]).bypass_vector_index()),
-        }
-        if find_spec("faiss"):
-            faiss = import_module("faiss")
-            flat = faiss.IndexFlatIP(width)
-            for vectors in _vectors(gallery):
-                flat.add(vectors)
-            providers["faiss in fp32, in memory"] = lambda: flat.search(query[:1], NEAREST)[0]
-        yield Work(providers, HALF_PRECISION, 2 * rows * width, 2 * rows * width, _cosines, on_host=True)
+    gallery, queries = filled(rows, width)
+    searches: dict[str, Callable[[np.ndarray], Any]] = {
+        "ours": lambda query: find.exact(gallery, query, NEAREST).cosines,
+        "LanceDB": lambda query: _by_lancedb(gallery.table.search(query[0]).bypass_vector_index()),
+    }
+    if _has_faiss("faiss in fp32", 4 * rows * width):
+        flat = import_module("faiss").IndexFlatIP(width)
+        for vectors in _vectors(gallery):
+            flat.add(vectors)
+        searches["faiss in fp32, in memory"] = lambda query: flat.search(query, NEAREST)[0]
+    yield Work(_providers(searches, queries), HALF_PRECISION, 2 * rows * width, 2 * rows * width, _cosines,
+               on_host=True, fewest_rounds=P95_CALLS)  # fmt: skip
 
 
 @contextmanager
@@ -100,26 +106,41 @@ def indexed_search(rows: int, width: int, kind: str) -> Iterator[Work]:
     """Prepare the search by an index of LanceDB, and by faiss as it would do the same."""
     from fusionreid.engine.galleries import find
 
-    with _filled(rows, width) as (gallery, query):
-        find.build_index(gallery, kind)
-        right = find.exact(gallery, query, NEAREST)
-        mine = find.recall(right, find.indexed(gallery, query, NEAREST))
-        megabytes = (
-            sum(path.stat().st_size for path in Path(f"{gallery.place}.lance").rglob("*") if path.is_file()) / 1e6
-        )
-        print(f"gallery: {kind} of {rows:,} rows: recall@{NEAREST} {mine:.1%}, {megabytes:,.0f} MB on disk")
-        providers: dict[str, Callable[[], Any]] = {
-            "ours": lambda: find.indexed(gallery, query[:1], NEAREST).cosines,
-            "LanceDB, without exact distances": lambda: _by_lancedb(gallery.table.search(query[0])),
-        }
-        if find_spec("faiss"):
-            index = _faiss_index(gallery, rows, width, kind)
-            ids = np.array(gallery.table.search().select(["id"]).limit(None).to_arrow()["id"].to_pylist())
-            found, best = ids[index.search(query, NEAREST)[1]], np.array(right.rows["id"].to_pylist())[right.positions]
-            share = np.mean([len(set(a) & set(b)) / NEAREST for a, b in zip(found, best)])
-            print(f"gallery: {kind} of faiss: recall@{NEAREST} {share:.1%}")
-            providers["faiss, in memory"] = lambda: index.search(query[:1], NEAREST)[0]
-        yield Work(providers, 0, compared=lambda _: [], on_host=True)
+    gallery, queries = filled(rows, width)
+    before, start = megabytes(gallery), perf_counter()
+    find.build_index(gallery, kind)
+    seconds, added, asked = perf_counter() - start, megabytes(gallery) - before, queries[:RECALL_QUERIES]
+    right = find.exact(gallery, asked, NEAREST)
+    mine = find.recall(right, find.indexed(gallery, asked, NEAREST))
+    print(f"gallery: {kind} of {rows:,} rows: recall@{NEAREST} {mine:.1%}, built in {seconds:,.1f} s, "
+          f"{added:,.0f} MB on disk")  # fmt: skip
+    searches: dict[str, Callable[[np.ndarray], Any]] = {
+        "ours": lambda query: find.indexed(gallery, query, NEAREST).cosines,
+        "LanceDB, without exact distances": lambda query: _by_lancedb(gallery.table.search(query[0])),
+    }
+    if _has_faiss(f"{kind} of faiss", 5 * rows * width):  # fp32, and codes of up to a byte
+        start = perf_counter()
+        index = _faiss_index(gallery, rows, width, kind)
+        seconds = perf_counter() - start
+        ids = np.array(gallery.table.search().select(["id"]).limit(None).to_arrow()["id"].to_pylist())
+        found, best = ids[index.search(asked, NEAREST)[1]], np.array(right.rows["id"].to_pylist())[right.positions]
+        share = np.mean([len(set(a) & set(b)) / NEAREST for a, b in zip(found, best)])
+        print(f"gallery: {kind} of faiss: recall@{NEAREST} {share:.1%}, built in {seconds:,.1f} s")
+        searches["faiss, in memory"] = lambda query: index.search(query, NEAREST)[0]
+    providers = _providers(searches, queries)
+    yield Work(providers, 0, compared=lambda _: [], on_host=True, fewest_rounds=P95_CALLS)
+
+
+def _providers(
+    searches: Mapping[str, Callable[[np.ndarray], Any]], queries: np.ndarray
+) -> dict[str, Callable[[], Any]]:
+    """Make providers that search for another query (1, D) in each call, all in the same order."""
+
+    def provider(search: Callable[[np.ndarray], Any]) -> Callable[[], Any]:
+        turns = cycle(queries[:, None])
+        return lambda: search(next(turns))
+
+    return {name: provider(search) for name, search in searches.items()}
 
 
 def _run(folder: Path) -> Config:
@@ -130,30 +151,15 @@ def _run(folder: Path) -> Config:
     return cfg
 
 
-@contextmanager
-def _filled(rows: int, width: int) -> Iterator[tuple[Any, np.ndarray]]:
-    """Fill a gallery with made-up vectors, and make queries near to some."""
-    import pyarrow as pa
-
-    from fusionreid.engine.galleries.table import Gallery
-
-    random = np.random.default_rng(0)
-    centers = random.standard_normal((max(rows // IMAGES_OF_A_PERSON, 1), width), np.float32)
-
-    def near(count: int) -> np.ndarray:
-        vectors = centers[random.integers(len(centers), size=count)]
-        vectors = vectors + random.standard_normal(vectors.shape, np.float32)
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-    with TemporaryDirectory() as folder:
-        gallery = Gallery.create(f"{folder}/made", "made up", width)
-        for start in range(0, rows, PIECE):
-            vectors = near(min(PIECE, rows - start)).astype(np.float16)
-            columns: dict[str, Any] = dict.fromkeys(gallery.table.schema.names, pa.nulls(len(vectors)))
-            columns["id"] = [f"{i:032x}" for i in range(start, start + len(vectors))]
-            columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), width)
-            gallery.table.add(pa.table(columns).cast(gallery.table.schema))
-        yield gallery, near(QUERIES)
+def _has_faiss(name: str, needed: int) -> bool:
+    """Whether faiss is there, and so many bytes are at most half of the memory."""
+    if not find_spec("faiss"):
+        return False
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 2 * needed > memory:
+        print(f"gallery: {name} is left out: it needs {needed / 2**30:,.1f} GiB, more than half of the memory of "
+              f"{memory / 2**30:,.1f} GiB", file=sys.stderr)  # fmt: skip
+    return 2 * needed <= memory
 
 
 def _vectors(gallery: Any) -> Iterator[np.ndarray]:

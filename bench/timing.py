@@ -23,6 +23,7 @@ from bench.peak_memory import peak_gib
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # largest error relative to the largest value
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 200
+P95_CALLS = 100  # fewer say too little of the slowest in twenty
 # Before a call the device is kept busy for some 0.3 ms, in which the host enqueues all of it:
 FLUSH_BYTES = 2**30  # by writing far more than any L2 holds,
 SPIN_CYCLES = 500_000  # or by nothing that touches the L2
@@ -59,6 +60,7 @@ class Work:
     compared: Callable[[Any], Sequence[Tensor]] = field(default=tuple)  # of what a call returns
     items: int | None = None  # images that a call is for: what is wanted is their number per second
     on_host: bool = False  # what the host does is part of the work: no call is made a CUDA graph
+    fewest_rounds: int = FEWEST_ROUNDS
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Measurement:
     peak_gib: float | None  # above what was allocated before the call; on a CPU above what was resident
     cores: float | None = None  # kept busy on average, in workers too; where items are delivered
     mAP: float | None = None  # of the features that the call is about; of whole tools only
+    p95_ms: float | None = None  # 95 % quantile, of P95_CALLS or more
 
 
 def measure(case: Case, settings: Settings, seconds: float) -> tuple[Work, list[Measurement]]:
@@ -99,7 +102,7 @@ def measure(case: Case, settings: Settings, seconds: float) -> tuple[Work, list[
         times: dict[str, list[float]] = {name: [cold(call)] for name, call in calls.items()}
         warm_times: dict[str, list[float]] = {name: [] for name in calls}
         rounds = round(seconds / (1e-3 * sum(first for (first,) in times.values())))
-        rounds = 2 if settings.size == "quick" else min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS)
+        rounds = 2 if settings.size == "quick" else min(max(rounds, work.fewest_rounds), MOST_ROUNDS)
         names, busy_s = list(calls), dict.fromkeys(calls, 0.0)
         for _ in range(rounds - 1):
             names.append(names.pop(0))  # nobody always follows the same one
@@ -154,7 +157,9 @@ def _result(work: Work, name: str) -> list[Tensor]:
 
 def _measurement(name: str, times: list[float], warm: list[float], peak_gib: float | None) -> Measurement:
     fast, *_, slow = quantiles(times, n=5, method="inclusive")
-    return Measurement(name, len(times), median(times), fast, slow, median(warm) if warm else None, peak_gib)
+    p95 = quantiles(times, n=20, method="inclusive")[-1] if len(times) >= P95_CALLS else None
+    warm_ms = median(warm) if warm else None
+    return Measurement(name, len(times), median(times), fast, slow, warm_ms, peak_gib, p95_ms=p95)
 
 
 def clock(device: torch.device, *, flush: bool = True) -> Callable[[Callable[[], object]], float]:

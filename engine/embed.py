@@ -73,7 +73,10 @@ def embed_to_gallery(cfg: "Config", images: str, to: str, given: dict[str, str])
 
 def options(parser: ArgumentParser) -> None:
     """Add the options of the command."""
-    what = "an image, or a folder with images in it or below it, as in crops/; with --to also a .csv or .parquet list"
+    what = (
+        "an image, or a folder with images in it or below it, as in crops/; with --to also a .csv or .parquet list, or "
+        "a .tar shard of WebDataset"
+    )
     where = "where the vectors and index.json go, as in log/crops; replaced if it holds embeddings"
     parser.add_argument("--images", required=True, type=arguments.place, metavar="PATH", help=what)
     target = parser.add_mutually_exclusive_group(required=True)

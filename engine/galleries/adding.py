@@ -22,6 +22,7 @@ from fusionreid.engine.checkpoints.load_model import find_checkpoint
 from fusionreid.engine.config import Config
 from fusionreid.engine.embedder import Embedder
 from fusionreid.engine.galleries import stages
+from fusionreid.engine.galleries.shards import SUFFIX, unpacked
 from fusionreid.engine.galleries.table import Gallery, needed
 from fusionreid.errors import ReIDError
 
@@ -41,14 +42,22 @@ class Added(NamedTuple):
     faults: list[str]
 
 
+class Chain(NamedTuple):
+    """The stages that images pass through: `read`, an embedding made by `make_embed` in its process, `write`."""
+
+    read: Callable[[pa.Table], pa.Table]
+    make_embed: Callable[[], stages.Embed]
+    write: Callable[[pa.Table], pa.Table]
+
+
 def add(
     cfg: Config, images: str, place: str, *, dtype: str = "", given: Mapping[str, str] | None = None, ray: str = ""
 ) -> Added:
     """Embed the images that a gallery does not have yet, and add them, made if it is not there.
 
-    `images` is an image, a folder, a CSV or Parquet list with the columns path and, if known, person, camera, track and
-    time, or the URI of one. `dtype`, fp16 or fp32, is by default the gallery's, fp16 in a new one. `given` are values
-    for what is not listed. `ray` is the address of a cluster, or auto.
+    `images` is an image, a folder, a tar shard, a CSV or Parquet list with the columns path and, if known, person,
+    camera, track and time, or the URI of one. `dtype`, fp16 or fp32, is by default the gallery's, fp16 in a new one.
+    `given` are values for what is not listed. `ray` is the address of a cluster, or auto.
     """
     images, place = _absolute(images), _absolute(place)
     weights = str(find_checkpoint(cfg).absolute())  # the same for all workers, whatever training writes meanwhile
@@ -58,8 +67,8 @@ def add(
     dtype = Gallery.create(place, model, embedder.dimension, dtype).dtype
     root = images.rpartition("/")[0]
     read = partial(stages.read, place=place, given=dict(given or {}), root=root)
-    chain = _on_ray if ray else _here
-    results = chain(images, read, partial(stages.Embed, cfg, model, dtype), partial(stages.write, place=place), ray)
+    chain = Chain(read, partial(stages.Embed, cfg, model, dtype), partial(stages.write, place=place))
+    results = _on_ray(images, chain, ray) if ray else _here(images, chain)
     done = Added(0, 0, [])
     for table in results:
         faults = [fault for faults in table["faults"].to_pylist() for fault in faults]
@@ -72,12 +81,15 @@ def add(
 
 
 def listed(images: str) -> Iterator[pa.Table]:
-    """Yield the images at a place in tables of a few hundred, as `stages.read` takes them."""
+    """Yield the images at a place in tables of a few hundred, and each shard in one, as `unpacked` takes them."""
     with _explained(images):
         if images.endswith((".parquet", ".csv")):
             yield from (pa.Table.from_batches([batch]) for batch in _rows_of(images))
             return
-        paths = iter(_paths(images))
+        found = _paths(images)
+        for shard in (path for path in found if path.endswith(SUFFIX)):
+            yield pa.table({"shard": pa.array([os.fsencode(shard)], pa.binary())})
+        paths = (path for path in found if not path.endswith(SUFFIX))
         while some := [os.fsencode(path) for path in islice(paths, stages.READ_ROWS)]:  # which need not be UTF-8
             yield pa.table({"path": pa.array(some, pa.binary())})
 
@@ -89,8 +101,9 @@ def _explained(images: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{printable(images)} cannot be read: {error}; expected: an image, a folder, or a .csv or .parquet list "
-            "with the column path and, if known, person, camera, track and time with its zone, 2026-03-01T12:00:00Z"
+            f"{printable(images)} cannot be read: {error}; expected: an image, a folder, a .tar shard, or a .csv or "
+            ".parquet list with the column path and, if known, person, camera, track and time with its zone, "
+            "2026-03-01T12:00:00Z"
         ) from error
 
 
@@ -110,64 +123,59 @@ def _paths(images: str) -> list[str]:
         if os.path.isfile(images):
             return [images]
         if not os.path.isdir(images):
-            raise DataError(f"there is no {printable(images)}: name an image, a folder, or a .csv or .parquet list")
+            raise DataError(f"there is no {printable(images)}: name an image, a folder, a .csv or .parquet list, or a "
+                            ".tar shard")  # fmt: skip
         paths, left_out = find_files(images)
         for why, some in left_out.items():
             log.warning("%d left out, such as %s: %s", len(some), printable(some[0]), why)
-        return paths
+        shards = (os.path.join(folder, name) for folder, _, names in os.walk(images) for name in names)
+        return [*paths, *sorted(path for path in shards if path.endswith(SUFFIX))]
+    if images.endswith(SUFFIX):
+        return [images]
     files, base = fs.FileSystem.from_uri(images)
     entries = files.get_file_info(fs.FileSelector(base, recursive=True))
     scheme = images.split("://")[0]
-    return sorted(f"{scheme}://{e.path}" for e in entries if e.is_file and Path(e.path).suffix.lower() in SUFFIXES)
+    return sorted(
+        f"{scheme}://{e.path}" for e in entries if e.is_file and Path(e.path).suffix.lower() in {*SUFFIXES, SUFFIX}
+    )
 
 
-def _here(
-    images: str,
-    read: Callable[[pa.Table], pa.Table],
-    make_embed: Callable[[], stages.Embed],
-    write: Callable[[pa.Table], pa.Table],
-    _ray: str,
-) -> Iterator[pa.Table]:
+def _here(images: str, chain: Chain) -> Iterator[pa.Table]:
     """Run the stages in this process; the next batches are decoded while one is embedded."""
-    embed, pending, some = make_embed(), deque[Any](), list[pa.Table]()
-    tables = listed(images)
+    embed, pending, some = chain.make_embed(), deque[Any](), list[pa.Table]()
+    tables = (part for table in listed(images) for part in unpacked(table))
     with ThreadPoolExecutor(AHEAD) as threads:
-        pending.extend(threads.submit(read, table) for table in islice(tables, AHEAD))
+        pending.extend(threads.submit(chain.read, table) for table in islice(tables, AHEAD))
         while pending:
             some.append(embed(pending.popleft().result()))
-            pending.extend(threads.submit(read, table) for table in islice(tables, 1))
+            pending.extend(threads.submit(chain.read, table) for table in islice(tables, 1))
             if not pending or sum(map(len, some)) >= stages.COMMIT_ROWS:
-                yield write(pa.concat_tables(some))
+                yield chain.write(pa.concat_tables(some))
                 some.clear()
 
 
-def _on_ray(
-    images: str,
-    read: Callable[[pa.Table], pa.Table],
-    make_embed: Callable[[], stages.Embed],
-    write: Callable[[pa.Table], pa.Table],
-    address: str,
-) -> Iterator[pa.Table]:
+def _on_ray(images: str, chain: Chain, address: str) -> Iterator[pa.Table]:
     """Run the stages on a cluster: decoding in tasks, one model per GPU, or per core where there is none."""
     ray, data = needed("ray", "scale"), needed("ray.data", "scale")
     ray.init(None if address == "auto" else address, ignore_reinit_error=True)
     gpus, cores = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
     with _explained(images):
         rows = data.read_parquet(images) if images.endswith(".parquet") else data.from_arrow(list(listed(images)))
+    size = stages.READ_ROWS if images.endswith(".parquet") else None  # a task reads a shard, or a table of paths
     arrow = {"batch_format": "pyarrow"}
 
     class Worker:  # Ray takes a class, and makes an object of it on each worker
         def __init__(self) -> None:
-            self.embed = make_embed()
+            self.embed = chain.make_embed()
 
         def __call__(self, table: pa.Table) -> pa.Table:
             return self.embed(table)
 
     pool = data.ActorPoolStrategy(min_size=1, max_size=gpus or max(1, cores // 2))
     done = (
-        rows.map_batches(read, batch_size=stages.READ_ROWS, **arrow)
+        rows.map_batches(lambda table: (chain.read(part) for part in unpacked(table)), batch_size=size, **arrow)
         .map_batches(Worker, batch_size=stages.READ_ROWS, compute=pool, num_gpus=1 if gpus else 0, **arrow)
-        .map_batches(write, batch_size=stages.COMMIT_ROWS, compute=data.TaskPoolStrategy(WRITERS), **arrow)
+        .map_batches(chain.write, batch_size=stages.COMMIT_ROWS, compute=data.TaskPoolStrategy(WRITERS), **arrow)
     )
     try:
         yield from done.iter_batches(**arrow)

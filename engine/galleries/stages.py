@@ -7,6 +7,7 @@ or on many machines by Ray Data, which may repeat any of them: an image that is 
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from functools import lru_cache
 from hashlib import blake2b
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 from pyarrow import fs
 
 from fusionreid.dataloading.decode import pixels_in
-from fusionreid.dataloading.image_files import read_file
+from fusionreid.dataloading.image_files import open_file
 from fusionreid.dataloading.records import DataError, printable
 from fusionreid.engine.config import Config
 from fusionreid.engine.embedder import Embedder
@@ -33,6 +34,10 @@ DECODED = pa.schema([
     ("pixels", pa.large_binary()), ("height", pa.int32()), ("width", pa.int32()),
 ])  # fmt: skip
 KNOWN = "known"
+SHARD = pa.schema([
+    ("path", pa.binary()), ("image", pa.large_binary()), ("fault", pa.string()),
+    *((name, pa.string()) for name in TEXTS if name != "path"), ("time", TIME),
+])  # fmt: skip
 DONE = pa.schema([("added", pa.int64()), ("known", pa.int64()), ("faults", pa.list_(pa.string()))])
 
 
@@ -49,6 +54,8 @@ def read(images: pa.Table, place: str, given: Mapping[str, str], root: str = "")
         given_paths = images["path"].to_pylist() if "path" in columns else [None] * len(images)
         paths = [path and _full(root, os.fsdecode(path)) for path in given_paths]
         contents = images["image"].to_pylist() if "image" in columns else [*threads.map(_content, paths)]
+        if images.schema == SHARD:
+            contents = [why or data for why, data in zip(images["fault"].to_pylist(), contents)]
         ids = [blake2b(data, digest_size=16).hexdigest() if isinstance(data, bytes) else "" for data in contents]
         known = Gallery.open(place).known([*filter(None, ids)])
         pixels = [*threads.map(lambda data, id: None if id in known else _pixels(data), contents, ids)]
@@ -105,15 +112,20 @@ def _content(path: str | None) -> bytes | str:
     if path is None:
         return "it has no path"
     try:
-        if "://" not in path:
-            return read_file(path)
-        scheme, rest = path.split("://", 1)
-        bucket, _, key = rest.partition("/")
-        files, base = _bucket(f"{scheme}://{bucket}")
-        with files.open_input_stream(f"{base}/{key}") as file:
+        with open_place(path) as file:
             return file.read()
     except OSError as error:
         return error.strerror or str(error)
+
+
+def open_place(path: str) -> AbstractContextManager[Any]:
+    """Open a regular file, here or in a bucket, to be read once from its beginning."""
+    if "://" not in path:
+        return open_file(path)
+    scheme, rest = path.split("://", 1)
+    bucket, _, key = rest.partition("/")
+    files, base = _bucket(f"{scheme}://{bucket or '/'}")  # file:///
+    return files.open_input_stream(f"{base}/{key}")
 
 
 @lru_cache(16)

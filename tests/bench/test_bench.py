@@ -17,7 +17,7 @@ QUICK = Settings("quick", torch.device("cpu"))
 KEYS = {
     *("suite", "size", "device", "driver", "threads", "torch", "triton", "commit", "date", "digest", "case", "shape"),
     *("bytes", "operations", "provider", "rounds", "median_ms", "fast_ms", "slow_ms", "warm_ms", "peak_gib", "speed"),
-    *("limit_ms", "bytes_per_s", "operations_per_s", "items", "cores", "mAP"),
+    *("limit_ms", "bytes_per_s", "operations_per_s", "items", "cores", "mAP", "p95_ms"),
 }
 
 

@@ -17,7 +17,7 @@ PIECE, IMAGES_OF_A_PERSON, QUERIES = 2**15, 50, 256
 
 
 @lru_cache(1)
-def filled(rows: int, width: int) -> tuple[Any, np.ndarray]:
+def filled(rows: int, width: int, dtype: str = "fp16") -> tuple[Any, np.ndarray]:
     """Fill a gallery with made-up vectors, for all cases and until the process ends, and make queries near to some."""
     from fusionreid.engine.galleries.table import Gallery
 
@@ -31,7 +31,7 @@ def filled(rows: int, width: int) -> tuple[Any, np.ndarray]:
 
     folder = TemporaryDirectory()
     atexit.register(folder.cleanup)
-    gallery = Gallery.create(f"{folder.name}/made", "made up", width)
+    gallery = Gallery.create(f"{folder.name}/made", "made up", width, dtype)
     for start in range(0, rows, rows // 10):
         _fill(gallery, near, start, start + rows // 10)
     return gallery, near(QUERIES)
@@ -72,8 +72,8 @@ def _rows(gallery: Any, vectors: np.ndarray, first: int) -> Any:
 
     columns: dict[str, Any] = dict.fromkeys(gallery.table.schema.names, pa.nulls(len(vectors)))
     columns["id"] = [blake2b(b"%d" % i, digest_size=16).hexdigest() for i in range(first, first + len(vectors))]
-    halves = pa.array(vectors.astype(np.float16).ravel())
-    columns["vector"] = pa.FixedSizeListArray.from_arrays(halves, vectors.shape[1])
+    values = pa.array(vectors.astype({"fp16": np.float16, "fp32": np.float32}[gallery.dtype]).ravel())
+    columns["vector"] = pa.FixedSizeListArray.from_arrays(values, vectors.shape[1])
     return pa.table(columns).cast(gallery.table.schema)
 
 

@@ -52,7 +52,7 @@ SOURCES = (
 )
 INSTANCES = 4
 TEST_MODEL = {"RES_NAME": "test_resnet", "TRANSFORMER_TYPE": "test_vit", "STRIDE_SIZE": (16, 16), "HTM_LAYER": 1}
-PERSONS = 751  # to tell apart, as in Market-1501
+PERSONS = 751  # as Market-1501 has
 SIZES: dict[str, tuple[int, tuple[int, int], dict[str, Any]]] = {  # images, their height and width, the MODEL section
     "quick": (8, (32, 16), {**TEST_MODEL, "MIX_DIM": 24}),
     "default": (8, (256, 128), {}),
@@ -69,9 +69,7 @@ Step = Callable[[bool], list[Tensor]]  # exact or not
 def cases(settings: Settings) -> list[Case]:
     """List the cases of a size."""
     images, (height, width), model = SIZES[settings.size]
-    name = f"ResNet-50 and ViT-B/16, stride 12, {PERSONS} persons"
-    if model:
-        name = f"{model['RES_NAME']} and {model['TRANSFORMER_TYPE']}"
+    name = "test_resnet and test_vit" if model else f"ResNet-50 and ViT-B/16, stride 12, {PERSONS} persons"
     shape = f"{name}, B {images}, {height} x {width}, {_precision(settings)}"
     setups: dict[str, Callable[[Settings], AbstractContextManager[Work]]] = {
         "training step": training_step,

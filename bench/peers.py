@@ -82,7 +82,7 @@ class Ours(Tool):
         from fusionreid.engine.evaluation.extract import embed
 
         trainer, split = self.trainer, self.trainer.split
-        features = embed(trainer.model, trainer.test_images, split.cameras, trainer.cfg, trainer.ranks).numpy()
+        features = embed(trainer.model, trainer.test_images[0], split.cameras, trainer.cfg, trainer.ranks).numpy()
         ids = [t.numpy() for t in split_ids(split)]
         return features[: len(split.query)], features[len(split.query) :], ids
 

@@ -197,7 +197,7 @@ def optimiser(settings: Settings) -> Iterator[Work]:
 @contextmanager
 def data(settings: Settings) -> Iterator[Work]:
     """Prepare a batch: ours are cached images, as in every epoch but the first; others read files in one process."""
-    with _trainer(settings) as (trainer, batch):
+    with _trainer(settings, SIZES[settings.size][0] // INSTANCES) as (trainer, batch):
         plan, size, places = trainer.loader.plan(1), SIZES[settings.size][1], range(len(batch.images))
         files = FilesDataset(trainer.split.train, plan, size, by_pillow)
         providers = {
@@ -219,13 +219,13 @@ def _work(
 
 
 @contextmanager
-def _trainer(settings: Settings) -> Iterator[tuple[Trainer, Batch]]:
+def _trainer(settings: Settings, persons: int = PERSONS) -> Iterator[tuple[Trainer, Batch]]:
     """Yield a trainer before its first step, and a batch for it."""
     images, (height, width), _ = SIZES[settings.size]
     is_first = not torch.distributed.is_initialized()
     with TemporaryDirectory() as folder:
         with redirect_stdout(StringIO()):
-            trainer = Trainer(_config(settings, folder))
+            trainer = Trainer(_config(settings, folder, persons))
         places = torch.arange(images, device=settings.device)
         pixels = torch.randn(images, 3, height, width, device=settings.device)
         try:
@@ -245,9 +245,9 @@ def _copy(trainer: Trainer) -> FusionReID:
     return model.train()
 
 
-def _config(settings: Settings, folder: str) -> Config:
+def _config(settings: Settings, folder: str, persons: int) -> Config:
     images, size, model = SIZES[settings.size]
-    persons = images // INSTANCES if model else PERSONS
+    persons = images // INSTANCES if model else persons
     rendered = {"PERSONS": persons, "TEST_PERSONS": 1, "CAMERAS": 2, "IMAGES": INSTANCES // 2}
     return Config.from_dict(
         {

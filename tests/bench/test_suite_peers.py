@@ -1,12 +1,16 @@
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from bench import run, suite_peers
+from bench import peers, run, suite_peers
 from bench.peers import FinishedError, train_steps
 from bench.suite_peers import MARKET, PEERS, Jobs, Training, link_first
 from tests.bench.test_bench import KEYS
@@ -144,3 +148,22 @@ def test_a_job_is_done_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert 0.3 < done["mAP"] < 1
     with pytest.raises(RuntimeError, match="exit code 1: KeyError: 'other'"):
         jobs("other", "evaluate", sizes=(30, 200, 16, 10, 3))
+
+
+def test_this_engine_trains_embeds_and_evaluates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    for part, persons in {"bounding_box_train": (1, 2), "query": (3, 4), "bounding_box_test": (3, 4)}.items():
+        (tmp_path / "market1501" / part).mkdir(parents=True)
+        for person, camera, number in itertools.product(persons, (1, 2), (1, 2)):
+            file = tmp_path / "market1501" / part / f"{person:04}_c{camera}s1_{number:06}_00.jpg"
+            Image.fromarray(random.integers(0, 256, (32, 16, 3), np.uint8)).save(file)
+    for name, value in {"BATCH": 8, "HEIGHT": 32, "WIDTH": 16}.items():
+        monkeypatch.setattr(peers, name, value)
+    job = {"tool": "ours", "backbone": "resnet18", "weights": "none", "data": str(tmp_path), "folder": str(tmp_path)}
+    try:
+        done = peers.train({**job, "steps": 2, "embed": True, "began": perf_counter()})
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert (len(done["steps_s"]), done["images"], done["width"]) == (1, 16, 512)
+    assert done["mAP"] == pytest.approx(done["our_mAP"], abs=1e-12)

@@ -120,7 +120,7 @@ def _backward(qkv: Tensor, out: Tensor, grad: Tensor, lse: Tensor, scale: float)
     if len(blocks) == 1:
         starts, rows, stages, warps = lse, 64, 3, 8
     else:
-        starts, rows, stages, warps = lse.new_empty(images, heads, 2, tokens), 32, 2, 4
+        starts, rows, stages, warps = lse.new_empty(images, heads, 2, triton.cdiv(tokens, 32) * 32), 32, 2, 4
     with on_device_of(qkv):
         backward_kernel[(images * heads,)](
             qkv, out, grad, lse, starts, dqkv, scale,
@@ -259,7 +259,8 @@ def backward_kernel(
 
     S is computed transposed, keys by queries: P and dS then enter the products for dV and dK from registers. The
     products for S and dO V^T start at -lse and -delta, in their units. With two blocks a sweep over the queries makes
-    these numbers first, (B H, 2, N), and dQ of the first block waits in its place for that of the second.
+    these numbers first, (B H, 2, N up to a whole tile), and dQ of the first block waits in its place for that of the
+    second.
     """
     C: tl.constexpr = H * D
     FIRST: tl.constexpr = BLOCKS[0][0]
@@ -271,16 +272,17 @@ def backward_kernel(
     out_ptr += image * (N * C) + head * D
     do_ptr += image * (N * C) + head * D
     lse_ptr += pair * N
-    starts_ptr += pair * 2 * N
-    delta_ptr = starts_ptr + N
+    PADDED: tl.constexpr = tl.cdiv(N, ROWS) * ROWS
+    starts_ptr += pair * 2 * PADDED
+    delta_ptr = starts_ptr + PADDED
     log2_scale = scale * LOG2_E
     if len(BLOCKS) > 1:
         for first in tl.range(0, N, ROWS, num_stages=4):
             do = _load(do_ptr, first, N, C, D, ROWS, BLOCK_D, WHOLE)
             s_start, dp_start = _starts(out_ptr, do, lse_ptr, log2_scale, first, N, C, D, ROWS, BLOCK_D, WHOLE)
             token = first + tl.arange(0, ROWS)
-            tl.store(starts_ptr + token, s_start, mask=token < N)
-            tl.store(delta_ptr + token, dp_start, mask=token < N)
+            tl.store(starts_ptr + token, s_start)
+            tl.store(delta_ptr + token, dp_start)
     for i in tl.static_range(len(BLOCKS)):
         k = _load_block(qkv_ptr + C, i, N, 3 * C, D, BLOCK_D, BLOCKS)
         v = _load_block(qkv_ptr + 2 * C, i, N, 3 * C, D, BLOCK_D, BLOCKS)
@@ -300,8 +302,8 @@ def backward_kernel(
             do = _load(do_ptr, first, N, C, D, ROWS, BLOCK_D, WHOLE)
             if len(BLOCKS) > 1:
                 token = first + tl.arange(0, ROWS)
-                s_start = tl.load(starts_ptr + token, mask=token < N, other=float("-inf"))
-                dp_start = tl.load(delta_ptr + token, mask=token < N, other=0.0)
+                s_start = tl.load(starts_ptr + token)
+                dp_start = tl.load(delta_ptr + token)
             else:
                 s_start, dp_start = _starts(out_ptr, do, lse_ptr, log2_scale, first, N, C, D, ROWS, BLOCK_D, WHOLE)
             s = tl.dot(k, tl.trans(q), tl.broadcast_to(s_start[None, :], [BLOCKS[i][1], ROWS]))
@@ -368,12 +370,17 @@ def _load(
     ptr, first, N: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Tokens first..first + SIZE, STRIDE apart, [SIZE, BLOCK_D]; zeros past column D and, not WHOLE, past token N."""
+    """Tokens first..first + SIZE, STRIDE apart, [SIZE, BLOCK_D]; zeros past column D.
+
+    Where they are not WHOLE, the last token takes the place of those past it: a mask would take more instructions.
+    """
     token, column = first + tl.arange(0, SIZE), tl.arange(0, BLOCK_D)
+    if not WHOLE:
+        token = tl.minimum(token, N - 1)
     at = ptr + token[:, None] * STRIDE + column
-    if WHOLE and D == BLOCK_D:
+    if D == BLOCK_D:
         return tl.load(at)
-    return tl.load(at, mask=(token[:, None] < N) & (column < D), other=0.0)
+    return tl.load(at, mask=column < D, other=0.0)
 
 
 @triton.jit

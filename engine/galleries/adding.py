@@ -5,7 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,10 +24,11 @@ from fusionreid.engine.embedder import Embedder
 from fusionreid.engine.galleries import stages
 from fusionreid.engine.galleries.shards import SUFFIX, unpacked
 from fusionreid.engine.galleries.table import Gallery, needed
-from fusionreid.errors import ReIDError
+from fusionreid.errors import ReIDError, StorageError
 
 AHEAD = 2  # batches decoded before they are needed
 WRITERS = 4  # on a cluster: each commit waits for the one before it
+INDEXED_ROWS = 2**16  # new ones, among which every commit looks for its ids one by one
 NAMED = 20  # faulty images in a warning
 LISTED = {"path": pa.string(), "person": pa.string(), "camera": pa.string(), "track": pa.string(), "time": stages.TIME}
 
@@ -69,7 +70,7 @@ def add(
     read = partial(stages.read, place=place, given=dict(given or {}), root=root)
     chain = Chain(read, partial(stages.Embed, cfg, model, dtype), partial(stages.write, place=place))
     results = _on_ray(images, chain, ray) if ray else _here(images, chain)
-    done = Added(0, 0, [])
+    done, indexed = Added(0, 0, []), 0
     for table in results:
         faults = [fault for faults in table["faults"].to_pylist() for fault in faults]
         done = Added(
@@ -77,6 +78,10 @@ def add(
             done.faults + faults,
         )  # fmt: skip
         log.info("%d added, %d were there, %d cannot be used", done.added, done.known, len(done.faults))
+        if done.added - indexed >= INDEXED_ROWS:
+            indexed = done.added
+            with suppress(StorageError):  # another writer was there; what is lost is speed
+                Gallery.open(place).index_ids()
     return _checked(done, images)
 
 

@@ -135,8 +135,8 @@ class Gallery:
         """Add those rows whose ids are not there yet, and return how many these were."""
         if not len(rows):
             return 0
-        with reported(self.place):
-            merge = self.table.merge_insert("id").when_not_matched_insert_all()
+        with reported(self.place):  # by the index, LanceDB does not see the rows of another writer at that moment
+            merge = self.table.merge_insert("id").when_not_matched_insert_all().use_index(False)
             return merge.execute(rows.cast(self.table.schema), timeout=COMMIT).num_inserted_rows
 
     def known(self, ids: Sequence[str]) -> set[str]:
@@ -180,16 +180,24 @@ class Gallery:
         except ValueError as error:
             raise GalleryError(f"{self.place} has no version {version}: {error}") from error
 
+    def index_ids(self) -> None:
+        """Index the ids of all rows: without, `add` compares with those of every row added since."""
+        config = needed("lancedb.index", "gallery")
+        needed("lance", "gallery")
+        with reported(self.place):
+            if any(index.columns == ["id"] for index in self.table.list_indices()):
+                self.table.to_lance().optimize.optimize_indices(index_names=["id_idx"])
+                self.table.checkout_latest()
+            else:
+                self.table.create_index("id", config=config.BTree())
+
     def vacuum(self, keep_days: float = KEPT_DAYS) -> None:
         """Join small files, rewrite those with removed rows, index the ids and delete versions older than that.
 
         LanceDB's own `optimize` leaves a removed row in its file until one in ten rows there is gone.
         """
-        config = needed("lancedb.index", "gallery")
-        needed("lance", "gallery")
+        self.index_ids()
         with reported(self.place):
-            if not any(index.columns == ["id"] for index in self.table.list_indices()):
-                self.table.create_index("id", config=config.BTree())
             self.table.to_lance().optimize.compact_files(materialize_deletions_threshold=0.0)
             self.table.checkout_latest()
             self.table.optimize(cleanup_older_than=timedelta(days=keep_days))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from fusionreid.engine.embedder import Embedder
-from fusionreid.errors import ReIDError
+from fusionreid.errors import ReIDError, StorageError
 from tests import ROOT
 from tests.engine.galleries.conftest import CROPS
 
@@ -151,6 +152,16 @@ sys.exit(cli.main(["embed", "--config_file", *{[str(run.file), "--images", str(r
     assert set(kept) < set(ids)
 
 
+def test_ids_are_indexed_while_a_gallery_grows(
+    run: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name, value in (stages, "READ_ROWS", 4), (stages, "COMMIT_ROWS", 8), (adding, "INDEXED_ROWS", 16):
+        monkeypatch.setattr(module, name, value)
+    assert adding.add(run.cfg, str(run.crops), str(tmp_path / "shop")).added == CROPS == 40
+    index = Gallery.open(tmp_path / "shop").table.index_stats("id_idx")
+    assert (index.num_indexed_rows, index.num_unindexed_rows) == (32, 8)
+
+
 def merge_again_and_again(place: str, barrier: Any) -> None:
     gallery = Gallery.open(place)
     for start in range(0, 200, 25):
@@ -158,6 +169,8 @@ def merge_again_and_again(place: str, barrier: Any) -> None:
         others = {name: [None] * 25 for name in gallery.table.schema.names if name not in rows}
         barrier.wait()
         gallery.add(pa.table({**rows, **others}, schema=gallery.table.schema))
+        with suppress(StorageError):
+            gallery.index_ids()
 
 
 def test_writers_that_add_one_image_at_once_leave_one_row(tmp_path: Path) -> None:

@@ -249,7 +249,8 @@ def _backward(
     with on_device_of(tokens[0]):
         grid, settings = _launch(tokens[0], absorbed)
         stages = 2 if settings["KEEP"] else 1
-        backward_kernel[grid](streams[0], streams[-1], scale * LOG2_E, STAGES=stages, **settings)
+        mask = capability() // 10 != 9  # without spills on either side
+        backward_kernel[grid](streams[0], streams[-1], scale * LOG2_E, STAGES=stages, MASK=mask, **settings)
     return [*d_tokens, *d_absorbed, *(x.sum(0).to(w.dtype) for x, w in zip(d_weights, norm_weights))]
 
 
@@ -347,13 +348,13 @@ def forward_kernel(
         tile: tl.tuple = ()
         if KEEP:
             for chunk in tl.static_range(CHUNKS):
-                values = _load_tile(tokens, token, valid, token_stride, chunk, C, WARPS, WIDTH)
+                values = _load_tokens(tokens, first, count, token_stride, chunk, C, TOKENS, WARPS, WIDTH, not KEEP)
                 products = tl.dot(values, tl.permute(keys[chunk], (0, 2, 1)), products)
                 squares += _squared_distance(values, anchor, chunk, C, WARPS, WIDTH)
                 tile += (values,)
         else:
             for block in tl.range(CHUNKS, num_stages=1):
-                values = _load_tile(tokens, token, valid, token_stride, block, C, WARPS, WIDTH)
+                values = _load_tokens(tokens, first, count, token_stride, block, C, TOKENS, WARPS, WIDTH, not KEEP)
                 key = _load_key(
                     absorbed, weight, multiplier, origin, head_stride, dtype, block, H, HEADS, C, WARPS, WIDTH
                 )
@@ -379,7 +380,11 @@ def forward_kernel(
         share = tl.broadcast_to(tl.trans(share)[None], [WARPS, HEADS, TOKENS])
         summed: tl.tuple = ()
         for chunk in tl.static_range(CHUNKS):
-            values = tile[chunk] if KEEP else _load_tile(tokens, token, valid, token_stride, chunk, C, WARPS, WIDTH)
+            values = (
+                tile[chunk]
+                if KEEP
+                else _load_tokens(tokens, first, count, token_stride, chunk, C, TOKENS, WARPS, WIDTH, not KEEP)
+            )
             kept = context[chunk] * decay[None, :, None]
             summed += (tl.dot(share, values, kept, input_precision="tf32x3"),)
         context = summed
@@ -401,7 +406,7 @@ def forward_kernel(
 def backward_kernel(
     a, b, multiplier,
     H: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr, WARPS: tl.constexpr, WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr, STAGES: tl.constexpr, KEEP: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr, KEEP: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Grid (B, streams). With ds = share (slope . token - slope . pooled), per token, r its reciprocal deviation and m
     its mean:
@@ -444,25 +449,26 @@ def backward_kernel(
     for first in tl.range(0, count, TOKENS, num_stages=STAGES):
         token = first + tl.arange(0, TOKENS)
         valid = token < count
-        moments = saved.moments + image * 2 * count + token
+        no_later = tl.minimum(token, count - 1)
+        moments = saved.moments + image * 2 * count + no_later
         mean, rstd = tl.load(moments, mask=valid, other=0.0), tl.load(moments + count, mask=valid, other=0.0)
-        row = saved.scores + (image * count + token) * HEADS
-        scores = tl.load(row[:, None] + head[None, :], mask=valid[:, None], other=0.0)
+        row = saved.scores + (image * count + no_later) * HEADS
+        scores = tl.load(row[:, None] + head[None, :])
         d_share = tl.zeros([WARPS, TOKENS, HEADS], tl.float32)
         tile: tl.tuple = ()
         if KEEP:
             for chunk in tl.static_range(CHUNKS):
-                values = _load_tile(tokens, token, valid, token_stride, chunk, C, WARPS, WIDTH)
+                values = _load_tokens(tokens, first, count, token_stride, chunk, C, TOKENS, WARPS, WIDTH, MASK)
                 d_share = tl.dot(values, tl.permute(slopes[chunk], (0, 2, 1)), d_share)
                 tile += (values,)
         else:
             for block in tl.range(CHUNKS, num_stages=1):
-                values = _load_tile(tokens, token, valid, token_stride, block, C, WARPS, WIDTH)
+                values = _load_tokens(tokens, first, count, token_stride, block, C, TOKENS, WARPS, WIDTH, MASK)
                 upstream = _load_tile(slope, head, head < H, slope_stride, block, C, WARPS, WIDTH)
                 d_share = tl.dot(values, tl.permute(upstream, (0, 2, 1)), d_share, input_precision="tf32x3")
         d_share = tl.sum(d_share, 0)  # [TOKENS, HEADS]
-        inside = valid[:, None] & (head < H)[None, :]
-        share = tl.where(inside, tl.exp2(scores - highest[None, :]) * inverse[None, :], 0.0)
+        # tokens past the last have a share here, but a rstd of 0, so no d_scores
+        share = tl.where((head < H)[None, :], tl.exp2(scores - highest[None, :]) * inverse[None, :], 0.0)
         # a share of 1 has no slope; what the difference shows there is rounding
         d_scores = tl.where(share == 1, 0.0, share * (d_share - delta[None, :]) * LN_2)
         d_scores = (d_scores * rstd[:, None]).to(dtype)
@@ -476,7 +482,7 @@ def backward_kernel(
         by_token = tl.broadcast_to(d_scores[None], [WARPS, TOKENS, HEADS])
         if not KEEP:
             for block in tl.range(CHUNKS, num_stages=1):
-                values = _load_tile(tokens, token, valid, token_stride, block, C, WARPS, WIDTH)
+                values = _load_tokens(tokens, first, count, token_stride, block, C, TOKENS, WARPS, WIDTH, MASK)
                 upstream = _load_tile(slope, head, head < H, slope_stride, block, C, WARPS, WIDTH)
                 key = _load_key(
                     absorbed, weight, multiplier, key_mean, head_stride, dtype, block, H, HEADS, C, WARPS, WIDTH
@@ -485,7 +491,11 @@ def backward_kernel(
                 _store_tile(d_tokens, d_values, token, valid, C, block, C, WARPS, WIDTH)
         summed: tl.tuple = ()
         for chunk in tl.static_range(CHUNKS):
-            values = tile[chunk] if KEEP else _load_tile(tokens, token, valid, token_stride, chunk, C, WARPS, WIDTH)
+            values = (
+                tile[chunk]
+                if KEEP
+                else _load_tokens(tokens, first, count, token_stride, chunk, C, TOKENS, WARPS, WIDTH, MASK)
+            )
             if KEEP:
                 d_values = _token_gradient(share, slopes[chunk], by_token, keys[chunk], diagonal, values, shift)
                 _store_tile(d_tokens, d_values, token, valid, C, chunk, C, WARPS, WIDTH)
@@ -527,6 +537,22 @@ def _load_tile(ptr, rows, mask, stride, chunk, C: tl.constexpr, WARPS: tl.conste
     if C % (WARPS * WIDTH) != 0:
         mask = mask & (columns < C)
     return tl.load(ptr + rows[None, :, None] * stride + columns, mask=mask, other=0.0)  # [WARPS, len(rows), WIDTH]
+
+
+@triton.jit
+def _load_tokens(
+    ptr, first, count, stride, chunk,
+    C: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr, WIDTH: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """[WARPS, TOKENS, WIDTH]; with a MASK those past the last are zero, without it they are the last once more."""
+    token = first + tl.arange(0, TOKENS)
+    if MASK:
+        return _load_tile(ptr, token, token < count, stride, chunk, C, WARPS, WIDTH)
+    columns = _columns_of(chunk, WARPS, WIDTH)
+    at = ptr + tl.minimum(token, count - 1)[None, :, None] * stride + columns
+    if C % (WARPS * WIDTH) == 0:
+        return tl.load(at)
+    return tl.load(at, mask=columns < C, other=0.0)
 
 
 @triton.jit

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":  # a script's own folder must not hide modules, and its project need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from fusionreid.dataloading.records import printable
 from fusionreid.engine import arguments, command
 from fusionreid.engine.arguments import Command, Ending
 
@@ -32,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(cfg: "Config", *, compare: Sequence[Path]) -> None:
     """Draw the report of a run again, others beside it if asked."""
+    from fusionreid.dataloading.records import printable
     from fusionreid.engine.reporting.run_record import LOG, METRICS, QUERIES
     from fusionreid.engine.reporting.runs import draw_report
 

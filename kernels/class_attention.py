@@ -380,11 +380,10 @@ def forward_kernel(
         share = tl.broadcast_to(tl.trans(share)[None], [WARPS, HEADS, TOKENS])
         summed: tl.tuple = ()
         for chunk in tl.static_range(CHUNKS):
-            values = (
-                tile[chunk]
-                if KEEP
-                else _load_tokens(tokens, first, count, token_stride, chunk, C, TOKENS, WARPS, WIDTH, not KEEP)
-            )
+            if KEEP:
+                values = tile[chunk]
+            else:
+                values = _load_tokens(tokens, first, count, token_stride, chunk, C, TOKENS, WARPS, WIDTH, not KEEP)
             kept = context[chunk] * decay[None, :, None]
             summed += (tl.dot(share, values, kept, input_precision="tf32x3"),)
         context = summed
@@ -491,11 +490,10 @@ def backward_kernel(
                 _store_tile(d_tokens, d_values, token, valid, C, block, C, WARPS, WIDTH)
         summed: tl.tuple = ()
         for chunk in tl.static_range(CHUNKS):
-            values = (
-                tile[chunk]
-                if KEEP
-                else _load_tokens(tokens, first, count, token_stride, chunk, C, TOKENS, WARPS, WIDTH, MASK)
-            )
+            if KEEP:
+                values = tile[chunk]
+            else:
+                values = _load_tokens(tokens, first, count, token_stride, chunk, C, TOKENS, WARPS, WIDTH, MASK)
             if KEEP:
                 d_values = _token_gradient(share, slopes[chunk], by_token, keys[chunk], diagonal, values, shift)
                 _store_tile(d_tokens, d_values, token, valid, C, chunk, C, WARPS, WIDTH)

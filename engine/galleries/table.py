@@ -48,10 +48,8 @@ def needed(module: str, extra: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0]
-        raise MissingExtraError(
-            f"{package} cannot be imported ({error}), which galleries need: pip install 'fusionreid[{extra}]'"
-        ) from error
+        raise MissingExtraError(f"{module.partition('.')[0]} cannot be imported ({error}), which galleries need: "
+                                f"pip install 'fusionreid[{extra}]'") from error  # fmt: skip
 
 
 def is_gallery(place: str | Path) -> bool:
@@ -182,14 +180,12 @@ class Gallery:
 
     def index_ids(self) -> None:
         """Index the ids of all rows: without, `add` compares with those of every row added since."""
-        config = needed("lancedb.index", "gallery")
         needed("lance", "gallery")
         with reported(self.place):
-            if any(index.columns == ["id"] for index in self.table.list_indices()):
-                self.table.to_lance().optimize.optimize_indices(index_names=["id_idx"])
-                self.table.checkout_latest()
-            else:
-                self.table.create_index("id", config=config.BTree())
+            if not any(index.columns == ["id"] for index in self.table.list_indices()):
+                self.table.create_index("id", config=needed("lancedb.index", "gallery").BTree())
+            self.table.to_lance().optimize.optimize_indices(index_names=["id_idx"])
+            self.table.checkout_latest()
 
     def vacuum(self, keep_days: float = KEPT_DAYS) -> None:
         """Join small files, rewrite those with removed rows, index the ids and delete versions older than that.

@@ -166,8 +166,8 @@ def _attend_on_gpu(streams: Sequence[ClassStream], scale: float) -> list[Tensor]
     if streams[0].tokens.shape[2] != streams[-1].tokens.shape[2]:
         return [_attend_on_gpu([stream], scale)[0] for stream in streams]
     dtype, heads = streams[0].tokens.dtype, streams[0].query.shape[1:]
-    key_weights = [s.key_weight.to(dtype).unflatten(0, heads) for s in streams]  # (H, D, C)
-    value_weights = [s.value_weight.to(dtype).unflatten(0, heads) for s in streams]
+    key_weights = [s.key_weight.to(dtype).view(*heads, -1) for s in streams]  # (H, D, C)
+    value_weights = [s.value_weight.to(dtype).view(*heads, -1) for s in streams]
     absorbed = [torch.einsum("bhd,hdc->bhc", s.query.to(dtype), w) for s, w in zip(streams, key_weights)]
     tokens, norm_biases = [s.tokens for s in streams], [s.norm_bias for s in streams]
     norm_weights, norm_eps = [s.norm_weight.contiguous() for s in streams], [s.norm_eps for s in streams]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fusionreid.kernels import _int8_products as int8
 from fusionreid.kernels._exact_distances import (
+    LONGEST,
     UNIT,
     Rows,
     chunks,
@@ -38,6 +39,8 @@ BLOCK = 2048  # rows and columns of a product
 AGAIN_ROWS = 64
 SPARE = 8
 QUERIES = 2**13  # at once on a GPU
+IN_CACHE = 2**10  # rows converted to fp32 at once
+SHORTEST = 1e-12  # length whose square fp32 holds well
 CAPACITY = 8 * int8.TILE  # places of a row for what a piece of the gallery adds, on a GPU
 
 
@@ -79,6 +82,25 @@ def neighbour_lists(features: Tensor, k: int, *, rows: slice | None = None, norm
     with full_precision(features):
         items, _ = Rows.both(features, features, normalize)
         return _nearest(items, items, rows, k)
+
+
+def may_be_nearer(query: Tensor, gallery: Tensor, distances: Tensor) -> Tensor:
+    """Find the rows of the gallery (G, D) that may be nearer to a query (Q, D) than its squared `distances` (Q,).
+
+    Returns their indices, ascending, of all queries together; rows are meant at unit length, as by `normalize`. Takes
+    a fraction of `nearest_neighbours`: products and lengths in fp32, each of which errs by less than D roundings.
+    """
+    found = []
+    with full_precision(query):
+        query = F.normalize(query.float())
+        least = (1 + query.double().square().sum(1) - distances.double()) / 2  # cosine
+        least = (least - 4 * (query.shape[1] + 8) * UNIT).float()  # of product, both lengths, and one to spare
+        for first, rows in zip(range(0, len(gallery), IN_CACHE), gallery.split(IN_CACHE)):
+            rows = rows.float()
+            length = torch.linalg.vector_norm(rows, dim=1)
+            far = (rows @ query.T < least * length[:, None]).all(1) & (length > SHORTEST) & (length < LONGEST)
+            found.append((~far).nonzero().flatten() + first)
+    return torch.cat(found)
 
 
 def _check(op: str, k: int, gallery: Tensor) -> None:

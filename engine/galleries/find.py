@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusionreid.engine.galleries.table import SHOWN, Gallery, GalleryError, reported
 from fusionreid.kernels import nearest_neighbours
+from fusionreid.kernels.neighbours import may_be_nearer
 
 BYTES = 2**24  # of vectors in fp32 compared at once, while the next are read
 FEWEST_AT_ONCE = 1024
@@ -35,9 +36,13 @@ def exact(gallery: Gallery, queries: np.ndarray, count: int, where: str = "") ->
     distances = torch.empty(len(asked), 0, dtype=torch.float64, device=asked.device)
     positions, rows = torch.empty(len(asked), 0, dtype=torch.int64), pa.schema([]).empty_table()
     for batch in gallery.scan(("vector", *SHOWN), where, max(FEWEST_AT_ONCE, BYTES // (4 * gallery.width))):
-        near = nearest_neighbours(asked, vectors_of(batch).to(asked.device), min(count, len(batch)), normalize=True)
-        if distances.shape[1] == count and not (near.distances[:, 0] < distances[:, -1]).any():
-            continue
+        vectors = stored_vectors(batch).to(asked.device)
+        if distances.shape[1] == count:
+            few = may_be_nearer(asked, vectors, distances[:, -1])
+            if not len(few):
+                continue
+            vectors, batch = vectors[few], batch.take(pa.array(few.cpu().numpy()))
+        near = nearest_neighbours(asked, vectors.float(), min(count, len(batch)), normalize=True)
         distances, order = torch.cat([distances, near.distances], 1).sort(dim=1, stable=True)
         both = torch.cat([positions, near.indices.cpu() + len(rows)], 1).gather(1, order.cpu())[:, :count]
         distances, shown = distances[:, :count], pa.Table.from_batches([batch.select(SHOWN)])
@@ -107,9 +112,14 @@ def matches(found: Found, at_least: float = -1.0) -> list[list[dict[str, Any]]]:
 
 def vectors_of(rows: pa.RecordBatch | pa.Table) -> Tensor:
     """The vectors (N, D) of rows in fp32."""
+    return stored_vectors(rows).float()
+
+
+def stored_vectors(rows: pa.RecordBatch | pa.Table) -> Tensor:
+    """The vectors (N, D) of rows as they are stored, in fp16 or fp32."""
     column = rows["vector"]
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return torch.from_dlpack(column.flatten()).view(len(rows), column.type.list_size).float()
+    return torch.from_dlpack(column.flatten()).view(len(rows), column.type.list_size)
 
 
 def _fitting(gallery: Gallery, queries: np.ndarray) -> np.ndarray:

@@ -1,7 +1,10 @@
 """Nearest neighbours: against sorting the fp64 distances, with ties, near-duplicates and every k."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -123,3 +126,31 @@ def test_a_onednn_that_may_round_to_bf16_is_not_asked(monkeypatch: pytest.Monkey
         exact._onednn_is_exact.cache_clear()
     assert torch.equal(found.indices, expected.indices)
     assert torch.equal(found.distances, expected.distances)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rows_that_may_be_nearer_are_few_and_hold_all_that_are(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(neighbours, "IN_CACHE", 100)
+    generator = torch.Generator().manual_seed(3)
+    gallery = (torch.randn(1500, 64, generator=generator) * torch.logspace(-2, 2, 1500)[:, None]).to(dtype)
+    query = torch.randn(4, 64, generator=generator)
+    query[3] *= 1e-13  # longer by `normalize`, and yet no unit vector
+    unit = F.normalize(gallery.double())
+    distances = torch.cdist(F.normalize(query.double()), unit).square().T  # (G, Q)
+    for rank in (0, 1, 10):
+        limit = distances.sort(0).values[rank]
+        nearer = (distances < limit).any(1).nonzero().flatten()
+        found = neighbours.may_be_nearer(query, gallery, limit)
+        assert set(nearer.tolist()) <= set(found.tolist())
+        assert len(found) <= len(nearer) + 4
+        assert (found.diff() > 0).all()
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, 1e25, 0.0, 1e-30])
+def test_a_row_that_has_no_length_may_be_nearer(odd: float) -> None:
+    gallery = F.normalize(torch.randn(50, 8, generator=torch.Generator().manual_seed(1)))
+    gallery[20] = odd
+    query = gallery[:1]
+    assert neighbours.may_be_nearer(query, gallery, torch.tensor([1e-3])).tolist() == [0, 20]

@@ -43,9 +43,10 @@ def _fill(gallery: Any, near: Callable[[int], np.ndarray], start: int, stop: int
     `embed` looks for each id, so what it takes depends on the rows that came after the last vacuum: it is timed before
     one and after it.
     """
-    from fusionreid.engine.galleries.stages import COMMIT_ROWS
+    from fusionreid.engine.galleries.stages import commit_rows
 
-    commit, spent = min(COMMIT_ROWS, (stop - start) // 4), dict.fromkeys(("append", "add", "vacuum", "add again"), 0.0)
+    commit = min(commit_rows(start, gallery.width, gallery.dtype), (stop - start) // 4)
+    spent = dict.fromkeys(("append", "add", "vacuum", "add again"), 0.0)
 
     def timed(name: str, work: Callable[..., object], *given: object) -> None:
         before = perf_counter()

@@ -44,11 +44,15 @@ class Added(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """The stages that images pass through: `read`, an embedding made by `make_embed` in its process, `write`."""
+    """The stages that images pass through: `read`, an embedding made by `make_embed` in its process, `write`.
+
+    `write` takes about `commit_rows` at once.
+    """
 
     read: Callable[[pa.Table], pa.Table]
     make_embed: Callable[[], stages.Embed]
     write: Callable[[pa.Table], pa.Table]
+    commit_rows: int
 
 
 def add(
@@ -65,10 +69,11 @@ def add(
     cfg = cfg.model_copy(update={"TEST": cfg.TEST.model_copy(update={"WEIGHT": weights})})
     embedder = Embedder(cfg, device="cpu")
     model = embedder.model_digest
-    dtype = Gallery.create(place, model, embedder.dimension, dtype).dtype
+    gallery = Gallery.create(place, model, embedder.dimension, dtype)
+    dtype, commit_rows = gallery.dtype, stages.commit_rows(len(gallery), gallery.width, gallery.dtype)
     root = images.rpartition("/")[0]
     read = partial(stages.read, place=place, given=dict(given or {}), root=root)
-    chain = Chain(read, partial(stages.Embed, cfg, model, dtype), partial(stages.write, place=place))
+    chain = Chain(read, partial(stages.Embed, cfg, model, dtype), partial(stages.write, place=place), commit_rows)
     results = _on_ray(images, chain, ray) if ray else _here(images, chain)
     done, indexed = Added(0, 0, []), 0
     for table in results:
@@ -154,7 +159,7 @@ def _here(images: str, chain: Chain) -> Iterator[pa.Table]:
         while pending:
             some.append(embed(pending.popleft().result()))
             pending.extend(threads.submit(chain.read, table) for table in islice(tables, 1))
-            if not pending or sum(map(len, some)) >= stages.COMMIT_ROWS:
+            if not pending or sum(map(len, some)) >= chain.commit_rows:
                 yield chain.write(pa.concat_tables(some))
                 some.clear()
 
@@ -180,7 +185,7 @@ def _on_ray(images: str, chain: Chain, address: str) -> Iterator[pa.Table]:
     done = (
         rows.map_batches(lambda table: (chain.read(part) for part in unpacked(table)), batch_size=size, **arrow)
         .map_batches(Worker, batch_size=stages.READ_ROWS, compute=pool, num_gpus=1 if gpus else 0, **arrow)
-        .map_batches(chain.write, batch_size=stages.COMMIT_ROWS, compute=data.TaskPoolStrategy(WRITERS), **arrow)
+        .map_batches(chain.write, batch_size=chain.commit_rows, compute=data.TaskPoolStrategy(WRITERS), **arrow)
     )
     try:
         yield from done.iter_batches(**arrow)

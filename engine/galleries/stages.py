@@ -26,7 +26,8 @@ from fusionreid.engine.embedder import Embedder
 from fusionreid.engine.galleries.table import TEXTS, Gallery, GalleryError
 
 READ_ROWS = 256  # images decoded, and embedded, together
-COMMIT_ROWS = 4096  # that one version adds
+COMMIT_ROWS = 4096  # that one version adds, at least
+COMMIT_BYTES = 2**26  # of vectors that it adds at most, if these are more rows
 TIME = pa.timestamp("us", "UTC")
 DECODED = pa.schema([
     ("id", pa.string()), *((name, pa.string()) for name in TEXTS), ("time", TIME),
@@ -89,6 +90,11 @@ class Embed:
             vectors[new] = self.embedder(arrays, cameras)
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1], mask=pa.array(~new))
         return images.drop_columns(["pixels", "height", "width"]).append_column("vector", column)
+
+
+def commit_rows(rows: int, width: int, dtype: str) -> int:
+    """Rows of one commit to a gallery: a hundredth of its own, since their ids are compared, within the limits."""
+    return max(COMMIT_ROWS, min(rows // 100, COMMIT_BYTES // (width * (2 if dtype == "fp16" else 4))))
 
 
 def write(rows: pa.Table, place: str) -> pa.Table:

@@ -234,3 +234,10 @@ def stages_vectors(table: "pa.Table") -> np.ndarray:
     from fusionreid.engine.galleries.find import vectors_of
 
     return vectors_of(table).numpy()
+
+
+def test_a_commit_grows_with_the_gallery_up_to_a_limit_of_memory() -> None:
+    assert stages.commit_rows(0, 512, "fp16") == stages.commit_rows(400_000, 512, "fp16") == stages.COMMIT_ROWS
+    assert stages.commit_rows(1_000_000, 512, "fp16") == 10_000
+    assert stages.commit_rows(10**8, 512, "fp16") == 2 * stages.commit_rows(10**8, 512, "fp32") == 2**16
+    assert stages.commit_rows(10**8, 5888, "fp16") == stages.COMMIT_BYTES // (2 * 5888)

@@ -42,14 +42,14 @@ class ModelConfig(Section):
     IF_LABELSMOOTH: Switch = True  # label smoothing 0.1 in the identity loss
     ID_LOSS_TYPE: Literal["softmax", "cosface", "arcface"] = "softmax"  # the others: cosines with a margin and a scale
     ID_LOSS_WEIGHT: NonNegativeFloat = 1.0  # weight of the identity loss
-    TRIPLET_LOSS_WEIGHT: NonNegativeFloat = 1.0  # weight of the triplet loss
+    METRIC_LOSS_TYPE: Literal["triplet", "unit_triplet", "circle"] = "triplet"  # the others: of unit-length features
+    TRIPLET_LOSS_WEIGHT: NonNegativeFloat = 1.0  # weight of the triplet or circle loss
     NO_MARGIN: Switch = True  # soft-margin triplet loss; no: SOLVER.MARGIN
     IF_WITH_CENTER: Switch = False  # adds the center loss, SOLVER.CENTER_LOSS_WEIGHT
 
     NAME: Annotated[str, "the model is FusionReID"] = "FusionReID"
     DEVICE_ID: Annotated[str, Field(strict=False, coerce_numbers_to_str=True), "set CUDA_VISIBLE_DEVICES"] = "0"
     DIST_TRAIN: Annotated[Switch, "torchrun decides how many processes train"] = False
-    METRIC_LOSS_TYPE: Annotated[str, "triplet always; IF_WITH_CENTER adds the center loss"] = "triplet"
     SIE_VIEW: Annotated[Switch, "no data set here labels the view"] = False
 
     @model_validator(mode="after")

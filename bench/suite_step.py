@@ -76,9 +76,9 @@ def cases(settings: Settings) -> list[Case]:
         "embedding": embedding,
         **{f"{part}, forward and backward": partial(one_part, part=part) for part in PARTS},
         "optimiser": optimiser,
-        "images of a batch": data,
     }
-    return [Case(what, shape, partial(setup, settings)) for what, setup in setups.items()]
+    loaded = Case("images of a batch", f"B {images}, {height} x {width}, uint8 to float32", partial(data, settings))
+    return [*(Case(what, shape, partial(setup, settings)) for what, setup in setups.items()), loaded]
 
 
 @contextmanager

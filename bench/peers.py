@@ -1,6 +1,7 @@
 """One job of one tool in a process of its own, so that start-up and memory are its own: `python bench/peers.py JOB`.
 
-JOB is JSON: the tool, what to do, and where things are. This engine follows the recipe of the others here.
+JOB is JSON: the tool, what to do, and where things are. This engine follows the recipe of the others here; its triplets
+are of features at unit length, as BoxMOT's are, while torchreid and fast-reid take them as they are.
 """
 
 import json
@@ -66,10 +67,11 @@ class Ours(Tool):
         job = self.job
         return {
             "MODEL.TRANS_USE": "no", "MODEL.RES_NAME": "" if job["backbone"] == "resnet50" else job["backbone"],
-            "MODEL.PRETRAIN_PATH_R": job["weights"], "MODEL.LAST_STRIDE": 2, "MODEL.NO_MARGIN": "no",
-            "MODEL.DEVICE": "cpu", "INPUT.SIZE_TRAIN": (HEIGHT, WIDTH), "INPUT.SIZE_TEST": (HEIGHT, WIDTH),
-            "INPUT.RE_PROB": 0, "INPUT.PIXEL_MEAN": MEAN, "INPUT.PIXEL_STD": STD, "DATASETS.NAMES": "market1501",
-            "DATASETS.ROOT_DIR": job["data"], "DATALOADER.NUM_WORKERS": 0, "DATALOADER.NUM_INSTANCE": INSTANCES,
+            "MODEL.PRETRAIN_PATH_R": job["weights"], "MODEL.LAST_STRIDE": 2, "MODEL.METRIC_LOSS_TYPE": "unit_triplet",
+            "MODEL.NO_MARGIN": "no", "MODEL.DEVICE": "cpu", "INPUT.SIZE_TRAIN": (HEIGHT, WIDTH),
+            "INPUT.SIZE_TEST": (HEIGHT, WIDTH), "INPUT.RE_PROB": 0, "INPUT.PIXEL_MEAN": MEAN, "INPUT.PIXEL_STD": STD,
+            "DATASETS.NAMES": "market1501", "DATASETS.ROOT_DIR": job["data"], "DATALOADER.NUM_WORKERS": 0,
+            "DATALOADER.NUM_INSTANCE": INSTANCES,
             "SOLVER.OPTIMIZER_NAME": "Adam", "SOLVER.BASE_LR": RATE, "SOLVER.WEIGHT_DECAY": DECAY,
             "SOLVER.WEIGHT_DECAY_BIAS": DECAY, "SOLVER.WARMUP_ITERS": 0, "SOLVER.MARGIN": MARGIN,
             "SOLVER.PRECISION": "fp32", "SOLVER.IMS_PER_BATCH": BATCH, "SOLVER.MAX_EPOCHS": 1000,

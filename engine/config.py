@@ -162,10 +162,8 @@ class Config(Section):
             idle["PARALLEL.GRAPH"] = "with fp16, ACCUMULATE or CHECKPOINT a step is not the same launches every time"
         if self.SOLVER.OPTIMIZER_IMPL == "apex":
             idle["PARALLEL.GRAPH"] = "apex's kernels would keep the first learning rate"
-        if self.MODEL.METRIC_LOSS_TYPE == "circle":
-            idle |= dict.fromkeys(("MODEL.NO_MARGIN", "SOLVER.TRIPLET_PRODUCTS"), "MODEL.METRIC_LOSS_TYPE is circle")
-        if self.MODEL.NO_MARGIN or self.MODEL.METRIC_LOSS_TYPE == "circle":
-            idle["SOLVER.MARGIN"] = "there is no margin: MODEL.NO_MARGIN is yes, or MODEL.METRIC_LOSS_TYPE is circle"
+        if self.MODEL.NO_MARGIN:
+            idle["SOLVER.MARGIN"] = "MODEL.NO_MARGIN is yes"
         if self.MODEL.ID_LOSS_TYPE == "softmax":
             idle["SOLVER.COSINE_MARGIN"] = idle["SOLVER.COSINE_SCALE"] = "MODEL.ID_LOSS_TYPE is softmax"
         if len(self.DATASETS.sets) == 1:

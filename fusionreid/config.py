@@ -42,8 +42,8 @@ class ModelConfig(Section):
     IF_LABELSMOOTH: Switch = True  # label smoothing 0.1 in the identity loss
     ID_LOSS_TYPE: Literal["softmax", "cosface", "arcface"] = "softmax"  # the others: cosines with a margin and a scale
     ID_LOSS_WEIGHT: NonNegativeFloat = 1.0  # weight of the identity loss
-    METRIC_LOSS_TYPE: Literal["triplet", "unit_triplet", "circle"] = "triplet"  # the others: of unit-length features
-    TRIPLET_LOSS_WEIGHT: NonNegativeFloat = 1.0  # weight of the triplet or circle loss
+    METRIC_LOSS_TYPE: Literal["triplet", "unit_triplet"] = "triplet"  # unit_triplet: of features at unit length
+    TRIPLET_LOSS_WEIGHT: NonNegativeFloat = 1.0  # weight of the triplet loss
     NO_MARGIN: Switch = True  # soft-margin triplet loss; no: SOLVER.MARGIN
     IF_WITH_CENTER: Switch = False  # adds the center loss, SOLVER.CENTER_LOSS_WEIGHT
 

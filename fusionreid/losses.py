@@ -1,8 +1,7 @@
-"""Training loss: label-smoothed identity loss and triplet or circle loss of every head; center loss on one."""
+"""Training loss: label-smoothed identity loss and batch-hard triplet loss of every head; center loss on one."""
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +12,6 @@ from fusionreid.kernels import batch_hard_triplet, smoothed_cross_entropy
 if TYPE_CHECKING:
     from fusionreid.model import Outputs
 
-CIRCLE_MARGIN, CIRCLE_SCALE = 0.25, 64.0
-NO_PAIR = -1e4  # exponent of what is no pair, finite so that a person without a second image has a gradient
 HEADS = ("resnet", "transformer", "res_lru", "former_lru", "htm_res", "htm_former")
 
 
@@ -28,7 +25,7 @@ class LossParts(NamedTuple):
 
     total: Tensor  # (), fp32 at least
     identity: Tensor  # (heads,), not weighted
-    triplet: Tensor  # (heads,), not weighted; or the circle loss
+    triplet: Tensor  # (heads,), not weighted
     center: Tensor  # (), not weighted, 0 without a center loss
 
 
@@ -79,32 +76,11 @@ def unit(feature: Tensor) -> Tensor:
     return F.normalize(feature.to(torch.promote_types(feature.dtype, torch.float32)))
 
 
-def circle_loss(features: Sequence[Tensor], persons: Tensor) -> Tensor:
-    """Return the circle loss of every head's features (B, D), (heads,), in fp32 at least.
-
-    Every pair of cosine s weighs by how far it is from its optimum, 1 + m of one person and -m of two.
-    Source: Sun et al., Circle Loss, arXiv:2002.10857, equation 6, with means over the images of a batch.
-    """
-    m, scale = CIRCLE_MARGIN, CIRCLE_SCALE
-    same = persons[:, None] == persons
-    pair = same & ~torch.eye(len(persons), dtype=torch.bool, device=persons.device)
-    losses = []
-    with torch.autocast(persons.device.type, enabled=False):
-        for feature in features:
-            vectors = unit(feature)
-            cosine = vectors @ vectors.T
-            weight, other_weight = ((1 + m - cosine).detach().clamp_min(0), (cosine + m).detach().clamp_min(0))
-            alike = (scale * weight * (1 - m - cosine)).masked_fill(~pair, NO_PAIR).logsumexp(1)
-            others = (scale * other_weight * (cosine - m)).masked_fill(same, NO_PAIR).logsumexp(1)
-            losses.append(F.softplus(alike + others).mean())
-    return torch.stack(losses)
-
-
 def reid_loss(
     outputs: "Outputs",
     persons: Tensor,
     *,
-    metric: Literal["triplet", "unit_triplet", "circle"] = "triplet",
+    unit_features: bool = False,
     margin: float | None = None,
     label_smoothing: float = 0.1,
     cosine_margin: CosineMargin | None = None,
@@ -114,19 +90,16 @@ def reid_loss(
     center_weight: float = 0.0005,
     product_dtype: torch.dtype | None = None,
 ) -> LossParts:
-    """Sum identity and metric loss over the heads; persons are labels (B,). `margin=None` is the soft margin.
+    """Sum identity and triplet loss over the heads; persons are labels (B,). `margin=None` is the soft margin.
 
-    `metric` unit_triplet compares features of unit length, as retrieval does, instead of features as they are.
+    Triplets are of features as they are, as published, or by `unit_features` at unit length, as they are retrieved.
     `cosine_margin` is for outputs whose logits are cosines; `product_dtype` is that of `batch_hard_triplet`.
     The published code's other rule, for a head that is itself a list, is left out: no model has such a head.
     """
     logits = outputs.logits if cosine_margin is None else [cosine_margin(z, persons) for z in outputs.logits]
     identity = smoothed_cross_entropy(logits, persons, label_smoothing)
-    if metric == "circle":
-        triplet = circle_loss(outputs.features, persons)
-    else:
-        compared = outputs.features if metric == "triplet" else [unit(feature) for feature in outputs.features]
-        triplet = batch_hard_triplet(compared, persons, margin=margin, product_dtype=product_dtype).losses
+    compared = [unit(feature) for feature in outputs.features] if unit_features else outputs.features
+    triplet = batch_hard_triplet(compared, persons, margin=margin, product_dtype=product_dtype).losses
     total = torch.add(id_weight * identity, triplet, alpha=triplet_weight).sum()
     if center_loss is None:
         return LossParts(total, identity, triplet, identity.new_zeros(()))

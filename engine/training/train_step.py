@@ -209,7 +209,7 @@ def loss_options(cfg: Config, center_loss: CenterLoss | None) -> dict[str, Any]:
     if model.ID_LOSS_TYPE != "softmax":
         cosine_margin = CosineMargin(model.ID_LOSS_TYPE, solver.COSINE_MARGIN, solver.COSINE_SCALE)
     return {
-        "metric": model.METRIC_LOSS_TYPE,
+        "unit_features": model.METRIC_LOSS_TYPE == "unit_triplet",
         "margin": None if model.NO_MARGIN else solver.MARGIN,
         "label_smoothing": 0.1 if model.IF_LABELSMOOTH else 0.0,
         "cosine_margin": cosine_margin,

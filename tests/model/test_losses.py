@@ -2,21 +2,11 @@
 
 import math
 from types import SimpleNamespace
-from typing import Literal
 
 import pytest
 import torch
 
-from fusionreid.losses import (
-    CIRCLE_MARGIN,
-    CIRCLE_SCALE,
-    HEADS,
-    CenterLoss,
-    CosineMargin,
-    circle_loss,
-    head_names,
-    reid_loss,
-)
+from fusionreid.losses import HEADS, CenterLoss, CosineMargin, head_names, reid_loss
 from tests.numerics import assert_close, entry_value, load_case
 
 META, RECORDED = load_case("modules/losses")
@@ -49,47 +39,11 @@ def test_weighted_sum_matches_the_recorded_one(smooth: str, smoothing: float, ki
         assert parts.total.dtype == dtype
 
 
-def circle_by_pairs(feature: torch.Tensor, persons: torch.Tensor) -> torch.Tensor:
-    """Equation 6 of arXiv:2002.10857, a mean over the images, pair by pair; weights are constants to the gradient."""
-    m, scale, count, total = CIRCLE_MARGIN, CIRCLE_SCALE, len(persons), torch.zeros((), dtype=torch.float64)
-    unit = feature / feature.norm(dim=1, keepdim=True)
-    for i in range(count):
-        alike, others = [], []
-        for j in range(count):
-            s = unit[i] @ unit[j]
-            if persons[i] != persons[j]:
-                others.append(torch.exp(scale * max(0, s.item() + m) * (s - m)))
-            elif i != j:
-                alike.append(torch.exp(-scale * max(0, 1 + m - s.item()) * (s - (1 - m))))
-        if alike and others:
-            total = total + torch.log(1 + sum(alike) * sum(others))
-    return total / count
-
-
-@pytest.mark.parametrize("persons", [PERSONS, torch.tensor([1, 1, 2, *range(3, len(PERSONS))])])
-def test_circle_loss_and_gradient_are_those_of_its_formula(persons: torch.Tensor) -> None:
-    out, again = outputs(heads=2), outputs(heads=2)
-    losses = circle_loss(out.features, persons)
-    expected = torch.stack([circle_by_pairs(feature, persons) for feature in again.features])
-    assert_close("losses", losses.detach(), expected.detach(), 1e-12)
-    losses.sum().backward()
-    expected.sum().backward()
-    for ours, theirs in zip(out.features, again.features):
-        assert_close("gradient", ours.grad, theirs.grad, 1e-11)
-
-
-def test_circle_loss_takes_the_place_of_the_triplet_loss() -> None:
-    out = outputs(heads=6)
-    parts = reid_loss(out, PERSONS, metric="circle", triplet_weight=0.5)
-    assert_close("circle", parts.triplet.detach(), circle_loss(out.features, PERSONS).detach(), 1e-12)
-    torch.testing.assert_close(parts.total, parts.identity.sum() + 0.5 * parts.triplet.sum())
-
-
 def test_unit_triplets_do_not_depend_on_lengths() -> None:
     out, shorter = outputs(), outputs()
     lengths = out.features[0].detach().norm(dim=1, keepdim=True)
     shorter.features = (out.features[0] / lengths,)
-    losses = [reid_loss(o, PERSONS, metric="unit_triplet", margin=0.3).triplet.detach() for o in (out, shorter)]
+    losses = [reid_loss(o, PERSONS, unit_features=True, margin=0.3).triplet.detach() for o in (out, shorter)]
     assert_close("lengths", *losses, 1e-12)
     assert_close("of unit vectors", losses[0], reid_loss(shorter, PERSONS, margin=0.3).triplet.detach(), 1e-12)
 
@@ -113,17 +67,15 @@ def test_the_total_is_the_sum_over_heads() -> None:
     assert parts.center == 0
 
 
-@pytest.mark.parametrize("metric", ["triplet", "unit_triplet", "circle"])
-def test_half_precision_outputs_give_an_fp32_loss_under_autocast(
-    metric: Literal["triplet", "unit_triplet", "circle"],
-) -> None:
+@pytest.mark.parametrize("unit_features", [False, True])
+def test_half_precision_outputs_give_an_fp32_loss_under_autocast(unit_features: bool) -> None:
     out = outputs(torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        parts = reid_loss(out, PERSONS, metric=metric, center_loss=CenterLoss(16, 32))
+        parts = reid_loss(out, PERSONS, unit_features=unit_features, center_loss=CenterLoss(16, 32))
     assert {part.dtype for part in parts} == {torch.float32}
     exact = SimpleNamespace(logits=(out.logits[0].double(),), features=(out.features[0].double(),))
     for kind in ("identity", "triplet"):
-        low, gold = (getattr(p, kind).detach() for p in (parts, reid_loss(exact, PERSONS, metric=metric)))
+        low, gold = (getattr(p, kind).detach() for p in (parts, reid_loss(exact, PERSONS, unit_features=unit_features)))
         assert_close(kind, low, gold, 1e-6)
 
 

@@ -46,13 +46,13 @@ class Added(NamedTuple):
 class Chain(NamedTuple):
     """The stages that images pass through: `read`, an embedding made by `make_embed` in its process, `write`.
 
-    `write` takes about `commit_rows` at once.
+    `write` takes about `commit_rows` at once, given how many more than the gallery has are to come.
     """
 
     read: Callable[[pa.Table], pa.Table]
     make_embed: Callable[[], stages.Embed]
     write: Callable[[pa.Table], pa.Table]
-    commit_rows: int
+    commit_rows: Callable[[int], int]
 
 
 def add(
@@ -68,10 +68,13 @@ def add(
     weights = str(find_checkpoint(cfg).absolute())  # the same for all workers, whatever training writes meanwhile
     cfg = cfg.model_copy(update={"TEST": cfg.TEST.model_copy(update={"WEIGHT": weights})})
     embedder = Embedder(cfg, device="cpu")
-    model = embedder.model_digest
-    gallery = Gallery.create(place, model, embedder.dimension, dtype)
-    dtype, commit_rows = gallery.dtype, stages.commit_rows(len(gallery), gallery.width, gallery.dtype)
+    model, width = embedder.model_digest, embedder.dimension
+    dtype = Gallery.create(place, model, width, dtype).dtype
     root = images.rpartition("/")[0]
+
+    def commit_rows(coming: int) -> int:
+        return stages.commit_rows(len(Gallery.open(place)) + coming, width, dtype)
+
     read = partial(stages.read, place=place, given=dict(given or {}), root=root)
     chain = Chain(read, partial(stages.Embed, cfg, model, dtype), partial(stages.write, place=place), commit_rows)
     results = _on_ray(images, chain, ray) if ray else _here(images, chain)
@@ -153,15 +156,16 @@ def _paths(images: str) -> list[str]:
 def _here(images: str, chain: Chain) -> Iterator[pa.Table]:
     """Run the stages in this process; the next batches are decoded while one is embedded."""
     embed, pending, some = chain.make_embed(), deque[Any](), list[pa.Table]()
-    tables = (part for table in listed(images) for part in unpacked(table))
+    tables, enough = (part for table in listed(images) for part in unpacked(table)), chain.commit_rows(0)
     with ThreadPoolExecutor(AHEAD) as threads:
         pending.extend(threads.submit(chain.read, table) for table in islice(tables, AHEAD))
         while pending:
             some.append(embed(pending.popleft().result()))
             pending.extend(threads.submit(chain.read, table) for table in islice(tables, 1))
-            if not pending or sum(map(len, some)) >= chain.commit_rows:
+            if not pending or sum(map(len, some)) >= enough:
                 yield chain.write(pa.concat_tables(some))
                 some.clear()
+                enough = chain.commit_rows(0)
 
 
 def _on_ray(images: str, chain: Chain, address: str) -> Iterator[pa.Table]:
@@ -171,6 +175,7 @@ def _on_ray(images: str, chain: Chain, address: str) -> Iterator[pa.Table]:
     gpus, cores = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
     with _explained(images):
         rows = data.read_parquet(images) if images.endswith(".parquet") else data.from_arrow(list(listed(images)))
+        commit = chain.commit_rows(rows.count())
     size = stages.READ_ROWS if images.endswith(".parquet") else None  # a task reads a shard, or a table of paths
     arrow = {"batch_format": "pyarrow"}
 
@@ -185,7 +190,7 @@ def _on_ray(images: str, chain: Chain, address: str) -> Iterator[pa.Table]:
     done = (
         rows.map_batches(lambda table: (chain.read(part) for part in unpacked(table)), batch_size=size, **arrow)
         .map_batches(Worker, batch_size=stages.READ_ROWS, compute=pool, num_gpus=1 if gpus else 0, **arrow)
-        .map_batches(chain.write, batch_size=chain.commit_rows, compute=data.TaskPoolStrategy(WRITERS), **arrow)
+        .map_batches(chain.write, batch_size=commit, compute=data.TaskPoolStrategy(WRITERS), **arrow)
     )
     try:
         yield from done.iter_batches(**arrow)

@@ -47,6 +47,7 @@ def search(
 ) -> None:
     """Print the gallery images, or tracks, nearest to each query."""
     from fusionreid.dataloading.records import printable
+    from fusionreid.engine.evaluation.names import cosine_text
     from fusionreid.engine.evaluation.operating_point import Threshold, measured_threshold
     from fusionreid.engine.galleries.table import GalleryError, is_gallery
     from fusionreid.engine.search_sources import of_cameras, read_source, search_gallery
@@ -71,7 +72,7 @@ def search(
         if not line["matches"]:
             print(f"        nobody{f' at or above {limit}' if at_least is not None else ''}")
         for place, match in enumerate(line["matches"], 1):
-            print(f"{place:6}  {match['cosine']:6.3f}  {printable(_named(match, match['path']))}")
+            print(f"{place:6}  {cosine_text(match['cosine']):>7}  {printable(_named(match, match['path']))}")
     threshold = None if at_least is None else Threshold(at_least)
     if threshold is None and not tracks:  # a track's vector is a mean, and more like others than those measured
         threshold = measured_threshold(among, Path(gallery)) if among is not None else None

@@ -1,5 +1,6 @@
-"""Names of persons and cameras as their owner wrote them, kept with embeddings."""
+"""Names of persons and cameras as their owner wrote them, kept with embeddings; cosines as texts."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
@@ -43,3 +44,8 @@ class Names(NamedTuple):
 def _numbered(names: object) -> dict[int, str]:
     items = names.items() if isinstance(names, dict) else ()
     return {int(number): str(name) for number, name in items if str(number).isdecimal()}
+
+
+def cosine_text(cosine: float) -> str:
+    """Write a cosine with three significant digits of its difference from 1: near 1 they tell cosines apart."""
+    return f"{cosine:.{min(max(3, 2 - math.floor(math.log10(max(1 - cosine, 1e-9)))), 7)}f}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fusionreid.engine.evaluation.embeddings import Embeddings
+from fusionreid.engine.evaluation.names import cosine_text
 from fusionreid.sealed import unseal
 
 RATE = 1e-3  # of false positives that is shown, or the nearest measured
@@ -26,11 +27,11 @@ class Threshold(NamedTuple):
     def words(self) -> str:
         """What the threshold means, in plain words."""
         if math.isnan(self.true_positive_rate):
-            return f"cosine {self.cosine:.3f}, as asked for"
+            return f"cosine {cosine_text(self.cosine)}, as asked for"
         found, rarity = 100 * self.true_positive_rate, 1 / self.false_positive_rate
         return (
-            f"cosine {self.cosine:.3f}: in the evaluation, {found:.0f} % of the pairs of one person reach it, and 1 in "
-            f"{rarity:,.0f} of the pairs of two persons"
+            f"cosine {cosine_text(self.cosine)}: in the evaluation, {found:.0f} % of the pairs of one person reach it, "
+            f"and 1 in {rarity:,.0f} of the pairs of two persons"
         )
 
 

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from fusionreid.dataloading.image_files import open_image, read_file
 from fusionreid.dataloading.records import printable
+from fusionreid.engine.evaluation.names import cosine_text
 from fusionreid.engine.evaluation.operating_point import Threshold
 from fusionreid.engine.reporting.html import render
 from fusionreid.files import atomic_write
@@ -73,7 +74,14 @@ def write_sheet(path: Path, title: str, found: Sequence[Mapping[str, Any]], thre
     rows = [row_of(line, threshold) for line in drawn]
     if path.suffix.lower() in PAGES:
         left_out = len(found) - len(drawn)
-        page = render("contact_sheet.html", title=title, rows=rows, threshold=threshold, left_out=left_out)
+        page = render(
+            "contact_sheet.html",
+            title=title,
+            rows=rows,
+            threshold=threshold,
+            left_out=left_out,
+            cosine_text=cosine_text,
+        )
         data = page.encode("utf-8", "backslashreplace")
     else:
         from fusionreid.engine.reporting.sheet_picture import draw

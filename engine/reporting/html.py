@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from fusionreid.engine.evaluation.names import cosine_text
 from fusionreid.engine.reporting.charts import Chart
-from fusionreid.engine.reporting.run_record import ShownQuery, cosine_text
+from fusionreid.engine.reporting.run_record import ShownQuery
 from fusionreid.files import atomic_write
 
 TEMPLATE = Path(__file__).with_name("report.html")

@@ -188,11 +188,6 @@ class RunRecord(NamedTuple):
 FileContent = TypeVar("FileContent", bound=FromFile)
 
 
-def cosine_text(cosine: float) -> str:
-    """Write a cosine with three significant digits of its difference from 1: near 1 they tell cosines apart."""
-    return f"{cosine:.{min(max(3, 2 - math.floor(math.log10(max(1 - cosine, 1e-9)))), 7)}f}"
-
-
 def read_run(folder: Path, name: str) -> RunRecord:
     """Read what is in a folder; DataError where that is neither a training nor an evaluation, or is damaged."""
     metrics, log_lines = folder / METRICS, folder / LOG

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from fusionreid.engine.evaluation.names import cosine_text
 from fusionreid.engine.reporting.charts import COLOURS, Line, Tick, line_chart, stairs, ticks
 from fusionreid.engine.reporting.html import Cell, Fact, Section, Table, text_table
 from fusionreid.engine.reporting.run_record import (
@@ -14,7 +15,6 @@ from fusionreid.engine.reporting.run_record import (
     Queries,
     Result,
     Threshold,
-    cosine_text,
 )
 
 SHOWN_RANKS = 1, 5, 10

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from fusionreid.engine.evaluation.names import cosine_text
 from fusionreid.engine.evaluation.operating_point import Threshold
 
 if TYPE_CHECKING:
@@ -108,15 +109,15 @@ class _Pen:
                     self.text((x, y), placed.heading, INK, room)
                     self.pen.line((x, y + HEADING - 6, x + room, y + HEADING - 6), RULE, 2)
                 faded = threshold is not None and placed.shown.cosine < threshold.cosine
-                self.tile(placed.shown, x, y + HEADING, f"{placed.shown.cosine:.3f}", faded)
+                self.tile(placed.shown, x, y + HEADING, cosine_text(placed.shown.cosine), faded)
             y += _height([line])
         return y
 
     def limit(self, left: int, right: int, y: int, threshold: Threshold) -> None:
         """Draw the line of the threshold."""
-        text = f"{threshold.cosine:.3f}"
+        text = cosine_text(threshold.cosine)
         self.text((left, y + LINE // 2 - 12), text, ACCENT)
-        for x in range(left + 48, right, 12):
+        for x in range(left + int(self.pen.textlength(text, self.font)) + 12, right, 12):
             self.pen.line((x, y + LINE // 2 - 4, min(x + 6, right), y + LINE // 2 - 4), ACCENT, 2)
 
     def rule(self, y: int, width: int) -> None:

@@ -14,10 +14,10 @@ from fusionreid.dataloading.records import Record, Split
 from fusionreid.engine.config import Config
 from fusionreid.engine.evaluation.details import nearest_match
 from fusionreid.engine.evaluation.measures import Ids, bootstrap
-from fusionreid.engine.evaluation.names import Names
+from fusionreid.engine.evaluation.names import Names, cosine_text
 from fusionreid.engine.evaluation.retrieval import Ranking
 from fusionreid.engine.reporting.queries import Maps, camera_name, choose_queries, confusions, describe_queries
-from fusionreid.engine.reporting.run_record import METRICS, QUERIES, Result, cosine_text
+from fusionreid.engine.reporting.run_record import METRICS, QUERIES, Result
 from fusionreid.engine.reporting.runs import draw_report
 from fusionreid.engine.reporting.sections import SHOWN_RANKS
 from fusionreid.sealed import unseal, write_sealed

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fusionreid.engine.evaluate import main as evaluate
-from fusionreid.engine.reporting.run_record import cosine_text
+from fusionreid.engine.evaluation.names import cosine_text
 from fusionreid.engine.train import main as train
 from tests.engine.reporting.own import CAMERAS, PERSONS, Run
 from tests.engine.reporting.pages import Page, page_of

@@ -2,7 +2,8 @@
 
 import pytest
 
-from fusionreid.engine.reporting.run_record import CameraPair, Metrics, Pairs, Result, Threshold, cosine_text
+from fusionreid.engine.evaluation.names import cosine_text
+from fusionreid.engine.reporting.run_record import CameraPair, Metrics, Pairs, Result, Threshold
 from fusionreid.engine.reporting.sections import (
     SHOWN_CAMERAS,
     camera_sections,

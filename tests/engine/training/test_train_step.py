@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusionreid.engine.checkpoints.load_model import build
+from fusionreid.engine.config import load_config
 from fusionreid.engine.distributed import parallel
 from fusionreid.engine.training.optim import Optimizer
-from fusionreid.engine.training.train_step import ChunkError, TrainStep, pack, unpack
+from fusionreid.engine.training.train_step import ChunkError, TrainStep, loss_options, pack, unpack
 from fusionreid.model import Outputs
 from tests.numerics import assert_close
 from tests.ranks import IMAGES, PERSONS, batch, config
@@ -155,3 +156,9 @@ def test_a_wish_to_stop_and_a_bad_step_are_reported() -> None:
         spoiled = batch(2, ALL, torch.float32)
     assert step.read().bad_step == 7
     assert all(torch.equal(parallel.local_shard(t), before[name]) for name, t in step.model.named_parameters())
+
+
+@pytest.mark.parametrize(("kind", "unit"), [("triplet", False), ("unit_triplet", True)])
+def test_the_kind_of_triplets_reaches_the_loss(kind: str, unit: bool) -> None:
+    options = loss_options(load_config("synthetic/tiny", [f"MODEL.METRIC_LOSS_TYPE={kind}"]), None)
+    assert (options["unit_features"], options["margin"]) == (unit, 0.3)

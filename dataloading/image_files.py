@@ -112,10 +112,7 @@ def find_images(path: Path) -> tuple[Record, ...]:
     """Return one image, or all in a folder and the folders inside it, sorted; person and camera are unknown."""
     paths = [str(path.absolute())] if path.is_file() else find_files(path.absolute())[0] if path.is_dir() else []
     if not paths:
-        run = "; a run can be searched once it was evaluated" if (path / "checkpoints").is_dir() else ""
-        raise DataError(
-            f"{printable(path)} holds no images; name an image, or a folder with some in it or below it{run}"
-        )
+        raise DataError(f"{printable(path)} holds no images; name an image, or a folder with some in it or below it")
     return tuple(Record(image, -1, -1) for image in paths)
 
 

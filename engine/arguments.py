@@ -181,6 +181,13 @@ def search_in(embeddings: Path | str) -> str:
     return f"find a person: {command_line('search')} --query IMAGE --gallery {gallery} --config_file FILE"
 
 
+def evaluate_run(folder: Path) -> str:
+    """How to evaluate the newest checkpoint of a run."""
+    settings = folder / "config.yml"  # of a run on own data
+    file = shlex.quote(str(settings)) if settings.is_file() else f"FILE OUTPUT_DIR {shlex.quote(str(folder))}"
+    return f"{command_line('evaluate')} --config_file {file}"
+
+
 def _versions() -> list[str]:
     found = [f"Python {platform.python_version()}"]
     for name in ("torch", "triton", "timm"):

@@ -2,8 +2,8 @@
 
 `python engine/search.py --query Q --gallery G [--top 10] [--at-least COSINE] [--camera NAME] [--tracks] [--json FILE]
 [--picture FILE] [--config_file FILE] [KEY VALUE ...]`; each of Q and G is a folder of embeddings, as embed writes it,
-or a run that was evaluated, an image, a folder of images or a list of them, for which the model of the configuration is
-needed. An evaluation says which cosine means the same person.
+or a run that was trained or evaluated, an image, a folder of images or a list of them, for which the model of the
+configuration is needed. An evaluation says which cosine means the same person.
 """
 
 import logging
@@ -90,7 +90,7 @@ def search(
 
 def options(parser: ArgumentParser) -> None:
     """Add the options of the command."""
-    kinds = "an image, a folder or a CSV list of images, what embed has written, or an evaluated run"
+    kinds = "an image, a folder or a CSV list of images, what embed has written, or a run"
     parser.add_argument("--query", required=True, type=arguments.place, metavar="PATH",
                         help=f"whom to look for: {kinds}; as in lost.jpg")  # fmt: skip
     parser.add_argument("--gallery", required=True, type=arguments.place, metavar="PATH",

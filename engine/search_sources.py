@@ -11,6 +11,7 @@ from fusionreid.dataloading.datasets.names import camera_key
 from fusionreid.dataloading.image_files import find_images
 from fusionreid.dataloading.image_list import Listed, is_list, read_image_list
 from fusionreid.dataloading.records import DataError, Record, printable
+from fusionreid.engine.arguments import evaluate_run
 from fusionreid.engine.evaluation import embeddings
 from fusionreid.engine.evaluation.embeddings import Embeddings
 from fusionreid.engine.evaluation.finite import check_finite
@@ -32,11 +33,7 @@ def read_source(cfg: "Config", path: Path, *, tracks: bool) -> Embeddings | None
         stored = embeddings.load(folder)
         check_finite(stored.features, stored.records)
         return tracks_by_folder(stored) if tracks else stored
-    if (path / "checkpoints").is_dir():
-        raise DataError(f"{printable(path)} is a run that was not evaluated, so it has no vectors to search in "
-                        f"({embeddings.INDEX} is no file in {printable(folder)}): evaluate it first, or name a folder "
-                        "or list of images")  # fmt: skip
-    listed = read_image_list(path) if path.is_file() and is_list(path) else []
+    listed = _listed(path)
     if tracks and (without := [entry.path for entry in listed if not entry.track]):
         raise DataError(f"{printable(path)}: {len(without):,} of {len(listed):,} images have no track, the first is "
                         f"{printable(without[0])}; name it for all in a column track")  # fmt: skip
@@ -82,7 +79,7 @@ def _asked(
     if (embeddings.folder_at(path) / embeddings.INDEX).is_file():
         raise GalleryError(f"{printable(path)} does not say which model its vectors are of, as the query of a gallery "
                            "must: name its images, or embed them with --to")  # fmt: skip
-    listed = read_image_list(path) if path.is_file() and is_list(path) else []
+    listed = _listed(path)
     images = [entry.path for entry in listed] or [record.path for record in find_images(path)]
     from fusionreid.engine.embedder import Embedder
 
@@ -90,6 +87,16 @@ def _asked(
     Gallery.open(gallery.place, embedder.model_digest)
     vectors = embedder(images, camera if camera in embedder.cameras else None)
     return [{"query": image, "person": None, "camera": camera} for image in images], vectors
+
+
+def _listed(path: Path) -> list[Listed]:
+    """The entries of a list, none of other images; DataError for a run, whose images are charts and reports."""
+    if (path / "checkpoints").is_dir():
+        raise DataError(f"{printable(path)} is a run without stored vectors ({embeddings.INDEX} is no file in "
+                        f"{printable(embeddings.folder_at(path))}), which training stores at its end: store those of "
+                        f"its newest checkpoint with {evaluate_run(path)}, or name a folder or list of "
+                        "images")  # fmt: skip
+    return read_image_list(path) if path.is_file() and is_list(path) else []
 
 
 def of_cameras(images: Embeddings, wanted: Sequence[str]) -> Embeddings:
@@ -100,7 +107,7 @@ def of_cameras(images: Embeddings, wanted: Sequence[str]) -> Embeddings:
     known = {number: names.camera(number) for number in sorted({record.camera for record in images.records})}
     there = {number: name for number, name in known.items() if name is not None}
     if not there:
-        raise DataError("--camera: the gallery does not say which camera took its images; an evaluated run does, and a "
+        raise DataError("--camera: the gallery does not say which camera took its images; a run does, and a "
                         "list with a column camera")  # fmt: skip
     chosen = set()
     for text in wanted:

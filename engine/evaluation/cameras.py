@@ -36,7 +36,8 @@ class EvaluationSet:
         return cfg.model_copy(update={"OUTPUT_DIR": str(folder)})
 
 
-Report = Callable[[Config, EvaluationSet, Evaluation, int, Ranks], None]  # called by all ranks; the int is the step
+# Called by all ranks; the int is the step, the bool whether training ends with it.
+Report = Callable[[Config, EvaluationSet, Evaluation, int, Ranks, bool], None]
 
 
 def tested_sets(

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fusionreid.dataloading.image_files import open_file, read_file
 from fusionreid.dataloading.records import Record, printable
+from fusionreid.engine.evaluation.finite import ROWS_AT_ONCE
 from fusionreid.engine.storage import OutputFolderError, StorageError
 from fusionreid.errors import ReIDError
 from fusionreid.files import atomic_write
@@ -157,9 +158,9 @@ def index_of(
 
 
 def save(folder: Path, features: Tensor, records: Sequence[Record], num_query: int, source: Mapping[str, Any]) -> None:
-    """Write features (N, D) of one process as a folder of embeddings."""
+    """Write features (N, D) of one process, on any device, as a folder of embeddings."""
     begin(folder)
-    file = write_rows(folder, [features], (len(features), features.shape[1]))
+    file = write_rows(folder, (rows.cpu() for rows in features.split(ROWS_AT_ONCE)), (len(features), features.shape[1]))
     finish(folder, index_of([file], features.shape[1], records, num_query, source))
 
 

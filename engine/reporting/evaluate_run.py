@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fusionreid.dataloading import read_split
 from fusionreid.dataloading.bad_images import BadImages
-from fusionreid.dataloading.records import DataError
 from fusionreid.engine.checkpoints.checkpoint import folder_of
 from fusionreid.engine.checkpoints.load_model import build, find_checkpoint, restore
 from fusionreid.engine.config import Config
@@ -49,6 +48,7 @@ from fusionreid.engine.reporting.summary import (
     write_report,
     write_results,
 )
+from fusionreid.errors import ReIDError
 
 log = logging.getLogger(__name__)
 
@@ -121,10 +121,12 @@ def _show_in_main_report(test: EvaluationSet, cfg: Config) -> None:
         draw_report(Path(cfg.OUTPUT_DIR), cfg, quiet=True)
 
 
-def report_evaluation(cfg: Config, test: EvaluationSet, evaluation: Evaluation, step: int, ranks: Ranks) -> None:
-    """Write the report of an evaluation in training, without maps; a disk that takes none does not end the training.
+def report_evaluation(
+    cfg: Config, test: EvaluationSet, evaluation: Evaluation, step: int, ranks: Ranks, is_last: bool
+) -> None:
+    """Write the report of an evaluation in training, without maps, and after the last one its vectors, to be searched.
 
-    All ranks call it after `step` steps.
+    All ranks call it after `step` steps. A disk that takes nothing does not end the training.
     """
     split, own = test.split, test.config(cfg)
     features, rankings, output = evaluation.features, evaluation.rankings, Path(own.OUTPUT_DIR)
@@ -142,7 +144,10 @@ def report_evaluation(cfg: Config, test: EvaluationSet, evaluation: Evaluation, 
                 add_details(output, more, Names.of(split), quiet=True)
             write_report(own, split, rankings[MODEL], nearest, {}, quiet=True)
             _show_in_main_report(test, cfg)
-        except (OSError, DataError) as error:
+            if is_last:
+                embeddings.check_place(folder := output / "embeddings")
+                embeddings.save(folder, features, test.records, num_query, {**source, **Names.of(split).as_source()})
+        except (OSError, ReIDError) as error:
             log.warning("the report was not written: %s; training continues", error)
     peers.meet()  # it may take the first rank a while
 

@@ -248,7 +248,7 @@ class Trainer:
                 self._finish_writing(last=self._is_finished)
                 if self.store is not None:
                     self.store.evaluated(self.step, scores[0])
-            self.report(self.cfg, test, result, self.step, self.ranks)
+            self.report(self.cfg, test, result, self.step, self.ranks, self._is_finished)
         self.evaluation_due = False
 
     def _leave_if_asked(self) -> None:

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from fusionreid import Embedder
-from fusionreid.dataloading import DataError, Record
-from fusionreid.dataloading.image_files import find_images
+from fusionreid.dataloading import Record
 from fusionreid.engine.evaluation import embeddings
 from fusionreid.engine.evaluation.names import Names
 from fusionreid.engine.search import main as search
@@ -59,11 +58,18 @@ def test_a_run_stands_for_its_embeddings(tmp_path: Path, capsys: pytest.CaptureF
     assert embeddings.folder_at(tmp_path) == tmp_path
 
 
-def test_a_run_that_was_not_evaluated_is_no_gallery(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "run/checkpoints").mkdir(parents=True)
-    (tmp_path / "run/queries.png").write_bytes(b"")  # no image of anybody
-    assert search(["--query", str(tmp_path / "run"), "--gallery", str(tmp_path / "run")]) == 2
-    assert "run is a run that was not evaluated" in capsys.readouterr().err
+def test_a_run_without_vectors_says_which_command_stores_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "queries.png").write_bytes(b"")  # no image of anybody
+    assert search(["--query", str(run), "--gallery", str(run)]) == 2
+    assert f"{run} is a run without stored vectors" in (said := capsys.readouterr().err)
+    assert f"evaluate --config_file FILE OUTPUT_DIR {run}," in said
+    (run / "config.yml").touch()
+    assert search(["--query", str(run), "--gallery", str(run)]) == 2
+    assert f"evaluate --config_file {run}/config.yml," in capsys.readouterr().err
 
 
 def test_a_search_of_stored_vectors_and_a_report_load_nothing_that_only_a_model_needs(tmp_path: Path) -> None:
@@ -208,9 +214,3 @@ def test_stored_names_come_back_and_their_threshold_is_drawn(
     embeddings.save(tmp_path / "old/embeddings", torch.eye(2, 3), records, 0, made)  # before names were kept
     assert search(["--query", str(tmp_path / "old"), "--gallery", str(tmp_path / "old")]) == 0
     assert "b.jpg  2, 2\n" in capsys.readouterr().out
-
-
-def test_a_run_that_was_not_evaluated_says_so(tmp_path: Path) -> None:
-    (tmp_path / "run/checkpoints").mkdir(parents=True)
-    with pytest.raises(DataError, match="a run can be searched once it was evaluated"):
-        find_images(tmp_path / "run")

@@ -11,9 +11,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fusionreid.engine.checkpoints import checkpoint
 from fusionreid.engine.config import load_config
-from fusionreid.engine.evaluation import extract
+from fusionreid.engine.evaluate import main as evaluate
+from fusionreid.engine.evaluation import embeddings, extract
+from fusionreid.engine.search import main as search
 from fusionreid.engine.train import main as train
 from fusionreid.engine.training.trainer import Trainer
+from tests.numerics import assert_close
 from tests.runs import arguments
 
 MEASURES = {"eval/mAP", "eval/rank1", "eval/rank5", "eval/rank10", "eval/mINP"}
@@ -41,6 +44,18 @@ def test_every_evaluation_is_a_line_and_a_point_of_each_curve(root: Path, tmp_pa
     curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [point.step for point in curves.Scalars("eval/mAP")] == [line["step"] for line in lines]
     assert set(curves.Tags()["scalars"]) >= MEASURES
+
+
+def test_a_trained_run_can_be_searched_with_the_vectors_that_evaluate_stores(root: Path, tmp_path: Path) -> None:
+    argv = arguments(root, tmp_path, SOLVER__MAX_EPOCHS=2, SOLVER__EVAL_PERIOD=1)
+    assert train(argv) == 0
+    assert search(["--query", str(tmp_path), "--gallery", str(tmp_path)]) == 0
+    stored = embeddings.load(tmp_path / "embeddings")
+    assert stored.source["checkpoint"] == str(checkpoint.latest(tmp_path / "checkpoints"))
+    assert evaluate(argv) == 0
+    again = embeddings.load(tmp_path / "embeddings")
+    assert (stored.records, stored.num_query, stored.source) == (again.records, again.num_query, again.source)
+    assert_close("vectors", stored.features, again.features, 1e-5)
 
 
 @pytest.mark.parametrize("epoch", [1, 3])  # 3: the last one, after which no step looks at the signal any more

@@ -49,6 +49,15 @@ def test_the_vectors_are_those_of_the_embedder_and_a_second_time_adds_nothing(
     assert Gallery.open(place).changes() == versions
 
 
+def test_commits_grow_with_the_gallery_during_one_run(
+    run: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "READ_ROWS", 4)
+    monkeypatch.setattr(stages, "commit_rows", lambda rows, width, dtype: max(4, rows))  # all of it, not a hundredth
+    assert adding.add(run.cfg, str(run.crops), str(tmp_path / "shop")).added == CROPS
+    assert [change.rows for change in Gallery.open(tmp_path / "shop").changes()] == [0, 4, 8, 16, 32, CROPS]
+
+
 def test_a_list_names_persons_cameras_and_times_and_a_bad_or_equal_image_stops_nobody(
     run: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -148,7 +148,7 @@ def report_evaluation(
                 embeddings.check_place(folder := output / "embeddings")
                 embeddings.save(folder, features, test.records, num_query, {**source, **Names.of(split).as_source()})
         except (OSError, ReIDError) as error:
-            log.warning("the report was not written: %s; training continues", error)
+            log.warning("report or vectors were not written: %s; training continues", error)
     peers.meet()  # it may take the first rank a while
 
 

@@ -30,6 +30,6 @@ def test_what_a_run_says_about_itself(tmp_path: Path, capsys: pytest.CaptureFixt
                         out.splitlines()[-1])  # fmt: skip
     assert "gradient_norm " in out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "checkpoints", "exit.json", ".lock", "log.txt", "manifest.json", "metrics.json", "metrics.jsonl",
+        "checkpoints", "embeddings", "exit.json", ".lock", "log.txt", "manifest.json", "metrics.json", "metrics.jsonl",
         "profile-11-11.json.gz", "queries.json", "report.html"
     }  # fmt: skip

@@ -185,8 +185,10 @@ def _faiss_index(gallery: Any, rows: int, width: int, kind: str) -> Any:
     index.train(learnt)
     for vectors in _vectors(gallery):
         index.add(vectors)
-    if kind == "ivf_pq":
-        faiss.extract_index_ivf(index).nprobe = min(20, cells)  # as LanceDB
+    if kind == "ivf_pq":  # both as LanceDB
+        faiss.extract_index_ivf(index).nprobe = min(20, cells)
+    else:
+        faiss.downcast_index(index.base_index).hnsw.efSearch = 3 * REFINED * NEAREST // 2
     return index
 
 
